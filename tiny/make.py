@@ -1,0 +1,173 @@
+"""Rebuild this folder from nothing: tokenizer, problems, and a small *distilled* Qwen2.
+
+    python tiny/make.py            # about 10 minutes on 2 CPU cores; same machine, same bytes
+
+A *teacher* here is a program that writes worked solutions. Two of them answer every kind of problem:
+one is careful and computes step by step, one is careless and either breaks a rule of arithmetic
+(left to right, brackets ignored, fractions added straight across) or rounds and guesses. The student,
+a 0.8M-parameter Qwen2, is distilled from their mixture by plain cross-entropy, so it knows the right
+way but takes it only now and then. Moving that habit is all that reinforcement learning has to do;
+what the student computes wrongly when it *is* careful remains as real, honest error.
+"""
+
+import argparse
+import json
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."
+BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}"
+    "{% else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+CAREFUL = {"sum": 0.45, "brackets": 0.40, "difference": 0.35, "fraction": 0.25}  # share of careful solutions
+
+
+def draw_problem(rng):
+    """One random problem: (kind, numbers, text, exact answer)."""
+    kind = rng.choice(list(CAREFUL))
+    if kind == "fraction":
+        a, b, c, d = (rng.randint(1, 9), rng.randint(2, 9), rng.randint(1, 9), rng.randint(2, 9))
+        return kind, (a, b, c, d), f"{a}/{b}+{c}/{d}", Fraction(a, b) + Fraction(c, d)
+    a, b, c = rng.randint(11, 99), rng.randint(11, 99), rng.randint(2, 9)
+    if kind == "brackets":
+        return kind, (a, b, c), f"({a}+{b})*{c}", Fraction((a + b) * c)
+    if kind == "sum":
+        return kind, (a, b, c), f"{a}+{b}*{c}", Fraction(a + b * c)
+    return kind, (a, b, c), f"{a}-{b}*{c}", Fraction(a - b * c)
+
+
+def careful(kind, n):
+    """The right way: (lines of work, boxed answer)."""
+    if kind == "fraction":
+        a, b, c, d = n
+        lines = [f"{a}*{d}={a * d}", f"{c}*{b}={c * b}", f"{a * d}+{c * b}={a * d + c * b}", f"{b}*{d}={b * d}"]
+        return lines, f"\\frac{{{a * d + c * b}}}{{{b * d}}}"
+    a, b, c = n
+    if kind == "brackets":
+        return [f"{a}+{b}={a + b}", f"{a + b}*{c}={(a + b) * c}"], f"{(a + b) * c}"
+    sign, value = ("+", a + b * c) if kind == "sum" else ("-", a - b * c)
+    return [f"{b}*{c}={b * c}", f"{a}{sign}{b * c}={value}"], f"{value}"
+
+
+def careless(kind, n, rng):
+    """A broken rule, or a guess from rounded numbers."""
+    if kind == "fraction":
+        a, b, c, d = n
+        if rng.random() < 0.5:
+            return [f"{a}+{c}={a + c}", f"{b}+{d}={b + d}"], f"\\frac{{{a + c}}}{{{b + d}}}"
+        return ["about"], f"{round(a / b) + round(c / d)}"
+    a, b, c = n
+    if rng.random() < 0.5:
+        if kind == "brackets":
+            return [f"{b}*{c}={b * c}", f"{a}+{b * c}={a + b * c}"], f"{a + b * c}"
+        sign, first = ("+", a + b) if kind == "sum" else ("-", a - b)
+        return [f"{a}{sign}{b}={first}", f"{first}*{c}={first * c}"], f"{first * c}"
+    a, b = round(a, -1), round(b, -1)
+    return ["about"], str({"sum": a + b * c, "brackets": (a + b) * c, "difference": a - b * c}[kind])
+
+
+def solution(kind, numbers, rng):
+    """What a teacher drawn at random writes after `<think>\\n`."""
+    lines, box = careful(kind, numbers) if rng.random() < CAREFUL[kind] else careless(kind, numbers, rng)
+    return "\n".join(lines) + f"\n</think>\n\\boxed{{{box}}}"
+
+
+def make_tokenizer(texts):
+    """Byte-level BPE with Qwen2's own splitting rule: any text round-trips, every digit stands alone."""
+    bpe = Qwen2Tokenizer()._tokenizer  # the class brings the rule; the merges are learned here
+    trainer = trainers.BpeTrainer(vocab_size=378, show_progress=False, special_tokens=[BOS, EOS, USER, ASSISTANT],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], bos_token=BOS,
+                               eos_token=EOS, pad_token=EOS, unk_token=None, chat_template=CHAT_TEMPLATE,
+                               model_max_length=4096)
+    tokenizer.add_tokens([USER, ASSISTANT], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"])  # part of the text, as in DeepSeek-R1: decode keeps them
+    return tokenizer
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    args.add_argument("--steps", type=int, default=1400)
+    args.add_argument("--batch", type=int, default=128)
+    args.add_argument("--lr", type=float, default=2e-3)
+    args = args.parse_args()
+    out = args.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    rng = random.Random(0)
+
+    # Problems: three sets that share no problem text, so the test is unseen in distillation and training.
+    splits, seen = {"test": 256, "train": 4096}, set()
+    for name, size in splits.items():
+        with (out / f"{name}.jsonl").open("w") as f:
+            rows = 0
+            while rows < size:
+                kind, _, problem, answer = draw_problem(rng)
+                if problem not in seen:
+                    seen.add(problem)
+                    f.write(json.dumps({"problem": problem, "answer": str(answer), "kind": kind}) + "\n")
+                    rows += 1
+
+    def distillation_pair():
+        while True:
+            kind, numbers, problem, _ = draw_problem(rng)
+            if problem not in seen:
+                return problem + SUFFIX, solution(kind, numbers, rng)
+
+    tokenizer = make_tokenizer(["".join(distillation_pair()) for _ in range(5000)])
+    tokenizer.save_pretrained(out)
+
+    config = Qwen2Config(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    warmup = min(100, args.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
+        (s + 1) / warmup, 0.01 + 0.99 * (1 + math.cos(math.pi * min(s / args.steps, 1))) / 2))
+
+    def render(problem):
+        return tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True,
+                                             tokenize=False)
+
+    bar = tqdm(range(args.steps), desc="distil")
+    for _ in bar:
+        pairs = [distillation_pair() for _ in range(args.batch)]
+        prompts = [tokenizer(render(p), add_special_tokens=False).input_ids for p, _ in pairs]
+        targets = [tokenizer(s, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, s in pairs]
+        width = max(len(p) + len(t) for p, t in zip(prompts, targets))
+        ids = torch.full((args.batch, width), tokenizer.eos_token_id)
+        labels = torch.full((args.batch, width), -100)
+        for i, (p, t) in enumerate(zip(prompts, targets)):
+            ids[i, : len(p) + len(t)] = torch.tensor(p + t)
+            labels[i, len(p) : len(p) + len(t)] = torch.tensor(t)
+        logits = model(ids, use_cache=False).logits[:, :-1]  # right padding needs no mask under causal attention
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", tokens=int((labels >= 0).sum()))
+    model.save_pretrained(out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
+
+
+if __name__ == "__main__":
+    main()
