@@ -28,104 +28,103 @@ Where this differs from the paper as printed
     5. The loss is differentiated in two steps (see `update`); the gradient is the same.
 """
 
+import copy
 import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
+import transformers
+import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 HERE = Path(__file__).parent
-SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # appended to every problem
+SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # follows every problem
 
 
 class UserError(ValueError):
     """Bad input, said in one line that names the flag, file or row and what to do. The command line exits with 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration: one frozen dataclass; the command line is generated from it
+# ==== Configuration ==================================================================================================
 
 
-def arg(default, help, low=-math.inf, above=-math.inf, high=math.inf):
-    """A field with its help text and its valid range: low <= value <= high and value > above."""
-    return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high})
+def arg(default, help):
+    """A field of Config. A rule such as "(> 0)" in the help text is also enforced."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Defaults train the embedded model; `PRESETS` holds the paper's (its Sec. 5.1)."""
+    """All settings of a run; the command line is made from it. Defaults train the embedded model, PRESETS the others."""
 
     model: str = arg(str(HERE / "tiny"), "Hugging Face model id or folder")
-    dataset: str = arg(str(HERE / "tiny"), "training problems: hub id, folder, or a .json .jsonl .csv .parquet file")
-    dataset_config: str | None = arg(None, "configuration name of the data set, where the hub asks for one")
-    split: str = arg("train", "split to train on")
-    problem_column: str = arg("problem", "column of the question; nested as in prompt[0].content")
+    dataset: str = arg(str(HERE / "tiny"), "training problems: hub id, folder, or .json .jsonl .csv .parquet file")
+    dataset_config: str | None = arg(None, "configuration of the data set, where the hub asks for one")
+    split: str = arg("train", "split to train on (a single file has no splits)")
+    problem_column: str = arg("problem", "column of the question; nested ones as prompt[0].content")
     answer_column: str = arg("answer", "column of the answer, or of a list of accepted answers")
-    objective: str = arg("real", "the loss: one of OBJECTIVES")
-    tau: float = arg(0.5, "temperature of the REAL losses (Sec. 5.1)", above=0)
-    as_printed: bool = arg(False, "use all-right and all-wrong groups too, as Eq. 8 is printed (difference 1)")
-    eps_low: float | None = arg(None, "lower clip of grpo, dapo, gspo (default: Sec. 5.1)", above=0, high=1)
-    eps_high: float | None = arg(None, "upper clip of grpo, dapo, gspo (default: Sec. 5.1)", above=0)
-    beta: float | None = arg(None, "weight of the reference model in grpo and trpa (default: Sec. 5.1)", low=0)
-    kl_ref: float = arg(0.0, "weight of a KL term to the starting model, any objective (Sec. 5.3)", low=0)
-    kl_old: float = arg(0.0, "weight of a KL term to the old policy, any objective (Sec. 5.3)", low=0)
-    prompts: int = arg(16, "questions per step, Q (paper: 128)", low=1)
-    group_size: int = arg(8, "rollouts per question, G (Sec. 5.1)", low=2)
-    mini_batches: int = arg(4, "updates per step, each on prompts / mini_batches whole groups (Sec. 5.1)", low=1)
-    steps: int = arg(110, "training steps, T of Algorithm 1 (paper: 1,400)", low=1)
-    lr: float = arg(1e-4, "AdamW learning rate (paper: 2e-6)", above=0, high=10_000)
-    warmup: int = arg(20, "updates over which the learning rate rises linearly (ours; paper: 0)", low=0)
-    weight_decay: float = arg(0.01, "AdamW weight decay (Sec. 5.1)", low=0, high=1)
-    beta2: float = arg(0.95, "AdamW second-moment decay (ours; released code: 0.999)", low=0, high=0.999999)
-    grad_clip: float = arg(1.0, "largest gradient norm (released code)", above=0)
-    temperature: float = arg(1.0, "sampling temperature, also inside log-probabilities (Sec. 5.1: 0.6)", above=0)
-    max_prompt_tokens: int = arg(1024, "longer prompts are skipped (released code)", low=1)
-    max_new_tokens: int = arg(48, "longest rollout, in tokens (Sec. 5.1: 8,192)", low=1)
-    micro_batch_tokens: int = arg(4096, "tokens per forward pass; changes memory, never the gradient", low=1)
-    dtype: str = arg("float32", "data type of the weights while computing: float32 or bfloat16")
-    checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third slower")
-    eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems, same columns; none: no validation")
+    objective: str = arg("real", "the loss, one of OBJECTIVES")
+    tau: float = arg(0.5, "temperature of the REAL losses (> 0), Sec. 5.1")
+    as_printed: bool = arg(False, "let all-right and all-wrong groups contribute too, as Eq. 8 is printed")
+    kl_ref: float = arg(0.0, "weight of a KL term to the starting model, any objective (>= 0), Sec. 5.3")
+    kl_old: float = arg(0.0, "weight of a KL term to the old policy, any objective (>= 0), Sec. 5.3")
+    prompts: int = arg(16, "questions per step, Q (>= 1); paper: 128")
+    group_size: int = arg(8, "rollouts per question, G (>= 2), Sec. 5.1")
+    mini_batches: int = arg(4, "updates per step, each on prompts / mini_batches whole groups (>= 1), Sec. 5.1")
+    steps: int = arg(110, "training steps (>= 1); paper: 1,400")
+    lr: float = arg(1e-4, "AdamW learning rate (> 0) (<= 1); paper: 2e-6")
+    warmup: int = arg(20, "updates over which the learning rate rises (>= 0); released code: 0")
+    weight_decay: float = arg(0.01, "AdamW weight decay (>= 0), Sec. 5.1")
+    beta2: float = arg(0.95, "AdamW decay of the second moment (> 0) (< 1); released code: 0.999")
+    grad_clip: float = arg(1.0, "largest norm of a gradient (> 0), released code")
+    temperature: float = arg(1.0, "for sampling and inside log-probabilities (> 0); paper: 0.6")
+    max_prompt_tokens: int = arg(1024, "longer prompts are skipped (>= 1), released code")
+    max_new_tokens: int = arg(48, "longest rollout (>= 1); paper: 8,192")
+    micro_batch_tokens: int = arg(4096, "tokens per forward pass (>= 1); changes memory, not the gradient")
+    low_memory: bool = arg(False, "bfloat16 and recomputed activations on the GPU, fp32 weights and moments on the CPU")
+    eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems with the same columns")
     eval_split: str = arg("test", "split to validate on")
-    eval_every: int = arg(50, "steps between validations (0: only before and after)", low=0)
-    eval_samples: int = arg(16, "samples per validation problem (Sec. 5.1)", low=1)
-    eval_limit: int = arg(256, "validation problems used", low=1)
-    seed: int = arg(0, "every random number of a step is drawn from a generator seeded by (seed, step)", low=0)
-    save_every: int = arg(50, "steps between checkpoints", low=1)
-    keep: int = arg(2, "checkpoints kept", low=1)
-    output_dir: str | None = arg(None, "the run's own folder (default: runs/MODEL-OBJECTIVE-seedN)")
+    eval_every: int = arg(50, "steps between validations (>= 0); 0: before and after only")
+    eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
+    eval_limit: int = arg(256, "validation problems used (>= 1)")
+    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0)")
+    save_every: int = arg(50, "steps between checkpoints (>= 1)")
+    keep: int = arg(2, "checkpoints kept (>= 1)")
+    output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
     resume: bool = arg(False, "go on with the run found in output_dir")
-    overwrite: bool = arg(False, "replace a run found in output_dir")
+    overwrite: bool = arg(False, "replace the run found in output_dir")
 
     def __post_init__(self):
+        holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
         for f in fields(self):
-            value, m = getattr(self, f.name), f.metadata
-            if isinstance(value, (int, float)) and not (m["low"] <= value <= m["high"] and value > m["above"]):
-                bounds = [f"> {m['above']}"] * (m["above"] > -math.inf) + [f">= {m['low']}"] * (m["low"] > -math.inf)
-                bounds += [f"<= {m['high']}"] * (m["high"] < math.inf) + ["finite"] * (not math.isfinite(value))
-                raise UserError(f"--{f.name} must be {' and '.join(bounds)}, for example {f.default}; got {value}")
+            value, rules = getattr(self, f.name), re.findall(r"\(([<>]=?) (\S+)\)", f.metadata["help"])
+            if value is not None and not all(holds[sign](value, float(bound)) for sign, bound in rules):
+                rule = " and ".join(map(" ".join, rules))
+                raise UserError(f"--{f.name} must be {rule}, for example {f.default}; it is {value}")
         if self.prompts % self.mini_batches:
-            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts}: mini-batches "
-                            f"hold whole groups; try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
-        for name, choices in {"objective": list(OBJECTIVES), "dtype": ["float32", "bfloat16"]}.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
+            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (mini-batches "
+                            f"hold whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"--objective {self.objective} is unknown; choose one of {', '.join(OBJECTIVES)}")
 
     @property
     def run(self):
@@ -134,19 +133,27 @@ class Config:
 
     @property
     def hyperparameters(self):
-        """The settings that this run's objective takes; those left at None keep the objective's own default."""
-        names = inspect.signature(OBJECTIVES[self.objective]).parameters
-        return {k: v for k, v in asdict(self).items() if k in names and v is not None}
+        """Those settings that are arguments of this objective."""
+        return {k: v for k, v in asdict(self).items() if k in inspect.signature(OBJECTIVES[self.objective]).parameters}
 
     @property
     def needs_reference(self):
         """Whether the loss looks at the starting model, which is then held as a second, frozen copy."""
-        takes_beta = "beta" in inspect.signature(OBJECTIVES[self.objective]).parameters
-        return self.kl_ref > 0 or (takes_beta and self.beta != 0)
+        return self.kl_ref > 0 or "beta" in inspect.signature(OBJECTIVES[self.objective]).parameters
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Labels: r(o | q) of Algorithm 1, a checker made of regular expressions
+PAPER = dict(  # Sec. 5.1 and the released code
+    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
+    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6, warmup=0,
+    beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True)
+PRESETS = {
+    "tiny": {},
+    "1.5b": PAPER,
+    "7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000),
+}
+
+
+# ==== Labels: r(o | q) of Algorithm 1, a checker made of regular expressions ============================================
 
 
 def is_correct(response, answer):
@@ -164,8 +171,7 @@ def is_correct(response, answer):
         return got == answer
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Objectives: pure functions (logp, old_logp, mask, labels, *, ref_logp, hyperparameters) -> scalar loss.
+# ==== Objectives: pure functions (logp, old_logp, mask, labels, *, ref_logp, hyperparameters) -> scalar loss. ===========
 # They never see a model. To add one: write the function, name it in OBJECTIVES.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN in the gradient
@@ -225,14 +231,11 @@ def real_bce(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed
     return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
 
 
-def advantages(labels):
-    """GRPO's (r - mean) / std within each group, unbiased std. (Q, G)."""
-    r = labels.float()
-    return (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
-
-
-def clipped(s, advantage, eps_low, eps_high):
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token, rho = e^s."""
+def clipped(s, labels, eps_low, eps_high):
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token (Q, G, T), with rho = e^s and the advantage
+    A = (r - mean) / std of each group (unbiased std), Sec. 2.1."""
+    r = labels.to(s.dtype)
+    advantage = ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6))[..., None]  # (Q, G, 1)
     rho = s.clamp(-20, 20).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
@@ -250,7 +253,7 @@ def kl(logp, other_logp, mask):
 
 def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001, keep=None):
     """GRPO, Eq. 1: clipped policy gradient, token mean per rollout, then mean over rollouts; KL if `ref_logp`."""
-    loss = clipped(log_ratio(logp, old_logp, mask), advantages(labels)[..., None], eps_low, eps_high)
+    loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
     if keep is not None:
         loss = torch.where(keep, loss, 0.0)
     loss = token_mean(loss, mask).mean()
@@ -266,14 +269,14 @@ def grpo_bidirectional(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0
 
 def dapo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.28):
     """DAPO: clip-higher, and one mean over all tokens of the mini-batch. No dynamic sampling."""
-    loss = clipped(log_ratio(logp, old_logp, mask), advantages(labels)[..., None], eps_low, eps_high)
+    loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
     return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def gspo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=3e-4, eps_high=4e-4):
     """GSPO: the ratio of a whole rollout, e^s_bar, clipped; its gradient spread over tokens."""
     s = s_bar(logp, old_logp, mask).detach()[..., None] + (logp - logp.detach())  # value s_bar, gradient of log pi_t
-    loss = clipped(s.clamp(max=10), advantages(labels)[..., None], eps_low, eps_high)
+    loss = clipped(s.clamp(max=10), labels, eps_low, eps_high)
     return token_mean(loss, mask).mean()
 
 
@@ -308,12 +311,11 @@ def credit(logp, batch, config):
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Log-probabilities of sampled tokens
+# ==== Log-probabilities ==============================================================================================
 
 
 def micro_batches(lengths, budget):
-    """Split rows into lists of similar length whose padded size stays within `budget` tokens (at least one row each)."""
+    """Indices of `lengths` in lists of similar length, each within `budget` tokens once padded (or a single row)."""
     rows = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if rows and (len(rows) + 1) * lengths[row] > budget:
@@ -325,7 +327,7 @@ def micro_batches(lengths, budget):
 
 
 def head_logprobs(hidden, targets, head, temperature):
-    """Hidden states (n, H) and their next tokens (n,) -> log-probability and entropy of each, (n,)."""
+    """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and the entropy (n,) if no graph is kept."""
     logits = head(hidden).float() / temperature
     logz = logits.logsumexp(-1)
     entropy = None if torch.is_grad_enabled() else logz - (logits.softmax(-1) * logits).sum(-1)
@@ -333,32 +335,30 @@ def head_logprobs(hidden, targets, head, temperature):
 
 
 def token_logprobs(model, batch, rows, config):
-    """log pi_theta(o_t | q, o_<t) of the given rollouts (rows of Q*G), and the entropy where no graph is kept.
+    """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
 
-    Both (len(rows), T), 0 outside the mask. The full logits, T x vocabulary, never exist at once: the LM head runs
-    on chunks of completion tokens and is recomputed in the backward pass.
+    `rows` counts rollouts through all groups, 0 to Q*G - 1. The logits of all tokens never exist together: the LM
+    head takes 1,024 completion tokens at a time, and again in the backward pass.
     """
-    G, T = batch["mask"].shape[1:]
-    ids, mask = batch["completions"].view(-1, T)[rows], batch["mask"].view(-1, T)[rows]
-    prompts = [batch["prompts"][row // G].to(ids.device) for row in rows]
-    # prompt and rollout side by side, padded on the right: under causal attention no real token sees the padding
-    sequences = [torch.cat([p, o[m]]) for p, o, m in zip(prompts, ids, mask)]
-    hidden = model.base_model(input_ids=pad_sequence(sequences, batch_first=True), use_cache=False).last_hidden_state
+    group_size, T = batch["mask"].shape[1:]
+    ids, mask = (batch[k].view(-1, T)[rows] for k in ("completions", "mask"))
+    prompts = [batch["prompts"][row // group_size].to(ids.device) for row in rows]
+    # Prompt and rollout side by side, padded on the right: under causal attention no real token sees the padding.
+    inputs = pad_sequence([torch.cat([p, o[m]]) for p, o, m in zip(prompts, ids, mask)], batch_first=True)
+    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # (rows, longest, H)
     row, t = mask.nonzero(as_tuple=True)
-    before = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)  # token t is predicted one place earlier
-    hidden, targets = hidden[row, before[row] + t], ids[mask]  # (n, H), (n,): completion tokens only
-    chunks = [
-        checkpoint(head_logprobs, h, o, model.get_output_embeddings(), config.temperature, use_reentrant=False)
-        for h, o in zip(hidden.split(1024), targets.split(1024))
-    ]
+    start = torch.tensor([len(p) for p in prompts], device=ids.device)
+    hidden, targets = hidden[row, start[row] + t - 1], ids[mask]  # (n, H), (n,): what predicts token t stands before it
+    head = model.get_output_embeddings()
+    chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
+              for h, o in zip(hidden.split(1024), targets.split(1024))]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    logp, entropy = (None if c[0] is None else zeros.masked_scatter(mask, torch.cat(c)) for c in zip(*chunks))
-    return logp, entropy
+    return [zeros.masked_scatter(mask, torch.cat(c)) if c[0] is not None else None for c in zip(*chunks)]
 
 
 @torch.no_grad()
 def all_logprobs(model, batch, config):
-    """log pi_theta and entropy of every rollout of a batch, (Q, G, T), without a graph."""
+    """log pi_theta and entropy of every rollout of a batch, (Q, G, T) each, without a graph."""
     shape = batch["mask"].shape
     logp, entropy = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
     for rows in micro_batches(batch["lengths"].flatten().tolist(), config.micro_batch_tokens):
@@ -366,258 +366,401 @@ def all_logprobs(model, batch, config):
     return logp.view(shape), entropy.view(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rollouts
+# ==== Rollouts =======================================================================================================
 
 
 @torch.no_grad()
-def sample(model, prompts, group_size, eos, max_new_tokens, temperature, top_p=1.0):
-    """Draw `group_size` rollouts o ~ pi(. | q) of each prompt, token by token.
+def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0):
+    """Draw `group_size` rollouts of each prompt: o_t ~ pi(. | q, o_<t), token by token, until one of `ends`.
 
-    prompts: Q vectors of token ids. eos: ids that end a rollout. Returns token ids and mask, (Q, G, T); the mask is
-    true up to and including the first end token. Temperature 0 takes the likeliest token. Finished rollouts leave
-    the batch, and a prompt is read once for its whole group: twice as fast as `generate` on the embedded model.
+    prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T); the mask is true up to the first end token,
+    inclusive. Temperature 0 takes the likeliest token. A prompt is read once for its whole group, and rollouts that
+    have ended leave the batch: 2.5 times as fast as `generate` on the embedded model.
     """
-    Q, device = len(prompts), model.device
-    width, N = max(map(len, prompts)), len(prompts) * group_size
-    attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # left-padded
-    ids = pad_sequence([p.flip(0) for p in prompts], batch_first=True).flip(1).to(device)
+    device, rows = model.device, torch.arange(len(prompts) * group_size, device=model.device)  # rows: still running
+    ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    attend = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(device)
     position = (attend.cumsum(-1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)
+    if not out.logits.isfinite().all():
+        raise UserError("the model's logits are not finite, its weights are ruined; start again with a lower --lr")
+    cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)
-    attend, position = (x.repeat_interleave(group_size, 0) for x in (attend, position[:, -1:]))
-
-    tokens = torch.zeros((N, max_new_tokens), dtype=torch.long, device=device)
-    mask = torch.zeros((N, max_new_tokens), dtype=torch.bool, device=device)
-    rows, eos = torch.arange(N, device=device), torch.tensor(eos, device=device)  # the rollouts still in the batch
-    running = torch.ones(N, dtype=torch.bool, device=device)
+    attend, position, logits = (x.repeat_interleave(group_size, 0) for x in (attend, position[:, -1:], out.logits[:, -1]))
+    tokens = torch.zeros((len(rows), max_new_tokens), dtype=torch.long, device=device)
+    mask = torch.zeros((len(rows), max_new_tokens), dtype=torch.bool, device=device)
+    running, ends = torch.ones(len(rows), dtype=torch.bool, device=device), torch.tensor(ends, device=device)
     for t in range(max_new_tokens):
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0) if top_p < 1 else p
-            token = order.gather(-1, torch.multinomial(p, 1))[:, 0]
+        p = (logits.float() / max(temperature, 1e-6)).softmax(-1)
+        if top_p < 1:  # keep the fewest tokens that hold this much probability
+            p, order = p.sort(-1, descending=True)
+            p = torch.zeros_like(p).scatter(-1, order, p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0))
+        token = torch.multinomial(p, 1)[:, 0] if temperature > 0 else logits.argmax(-1)
         tokens[rows[running], t], mask[rows[running], t] = token[running], True
-        running &= ~torch.isin(token, eos)
+        running &= ~torch.isin(token, ends)
         if t + 1 == max_new_tokens or not running.any():
             break
         if running.float().mean() < 0.75:
             cache.batch_select_indices(running.nonzero()[:, 0])
-            rows, attend, position, token = (x[running] for x in (rows, attend, position, token))
-            running = running[running]
+            rows, attend, position, token, running = (x[running] for x in (rows, attend, position, token, running))
         attend, position = F.pad(attend, (0, 1), value=1), position + 1
         logits = model(input_ids=token[:, None], attention_mask=attend, position_ids=position,
                        past_key_values=cache, use_cache=True).logits[:, -1]
-    T = t + 1
-    return tokens[:, :T].view(Q, group_size, T), mask[:, :T].view(Q, group_size, T)
-
-
-def cache_rows(model, prompt_tokens, max_new_tokens):
-    """How many rollouts of full length the free memory can hold the key-value cache of."""
-    if model.device.type != "cuda":
-        return 1024
-    c = model.config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(0.8 * free / (per_token * (prompt_tokens + max_new_tokens))))
+    return [x[:, : t + 1].view(len(prompts), group_size, -1) for x in (tokens, mask)]
 
 
 def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature, top_p=1.0):
-    """Lines 6 and 7 of Algorithm 1: sample a group for each problem and label it. Returns a batch of tensors.
+    """A group of rollouts of each problem and their labels, as a batch: a dict whose values all have length Q.
 
-    As many groups at a time as memory allows; temperature and top_p as in `sample`.
+    On a GPU, as many groups are sampled at a time as the free memory can hold the key-value cache of.
     """
-    prompts = [torch.tensor(p["prompt_ids"]) for p in problems]
-    at_once = max(1, cache_rows(model, max(map(len, prompts)), max_new_tokens) // group_size)
-    parts = [sample(model, prompts[i : i + at_once], group_size, end_tokens(model, tokenizer), max_new_tokens,
-                    temperature, top_p) for i in range(0, len(prompts), at_once)]
+    prompts, c = [torch.tensor(p["prompt_ids"]) for p in problems], model.config
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    rows = 1024
+    if model.device.type == "cuda":
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize  # bytes
+        torch.cuda.empty_cache()
+        rows = int(0.8 * torch.cuda.mem_get_info()[0] / (token * (max(map(len, prompts)) + max_new_tokens)))
+    groups = max(1, rows // group_size)
+    parts = [sample(model, prompts[i : i + groups], group_size, sorted(ends), max_new_tokens, temperature, top_p)
+             for i in range(0, len(prompts), groups)]
     T = max(mask.shape[-1] for _, mask in parts)
-    ids, mask = (torch.cat([F.pad(p[i], (0, T - p[i].shape[-1])) for p in parts]) for i in (0, 1))
+    ids, mask = (torch.cat([F.pad(x, (0, T - x.shape[-1])) for x in xs]) for xs in zip(*parts))  # (Q, G, T)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)] for group in zip(ids, mask)]
     labels = [[is_correct(p["opening"] + text, p["answer"]) for text in group] for p, group in zip(problems, texts)]
-    prompt_lengths = torch.tensor([[len(p)] for p in prompts], device=mask.device)
-    return {"prompts": prompts, "completions": ids, "mask": mask, "texts": texts, "problems": problems,
-            "labels": torch.tensor(labels, device=mask.device), "lengths": mask.sum(-1) + prompt_lengths}
+    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts], device=mask.device)
+    return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
+            "texts": texts, "labels": torch.tensor(labels, device=mask.device)}
 
 
-def end_tokens(model, tokenizer):
-    """Every token id that ends a response: the tokenizer's and the generation configuration's."""
-    ids = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id} | set(ids if isinstance(ids, list) else [ids]) - {None})
-
-
-@torch.no_grad()
 def validate(model, tokenizer, problems, config):
-    """Pass@1: the share of right answers over `eval_samples` rollouts of each problem."""
-    right = []
+    """Pass@1: the share of right answers among `eval_samples` rollouts of each problem."""
     torch.manual_seed(config.seed)
-    for i in range(0, len(problems), 64):
-        batch = rollouts(model, tokenizer, problems[i : i + 64], config.eval_samples, config.max_new_tokens,
-                         config.temperature)
-        right.append(batch["labels"].float().mean(-1))
-    return torch.cat(right).mean().item()
+    labels = [rollouts(model, tokenizer, problems[i : i + 64], config.eval_samples, config.max_new_tokens,
+                       config.temperature)["labels"] for i in range(0, len(problems), 64)]
+    return torch.cat(labels).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Model and data
+# ==== Update and training ============================================================================================
 
 
-def load_model(name, dtype, device):
-    """A causal language model and its tokenizer, from the hub or a folder. Raises UserError."""
+def update(model, master, optimizer, batch, config, logp=None):
+    """One optimizer step on a mini-batch (lines 9 and 10), exact for every objective at any micro-batch size.
+
+    An objective couples the rollouts of a group, so it cannot be cut into micro-batches. But once its derivative by
+    the log-probabilities is known (`credit`), each rollout can be differentiated by itself, by the chain rule:
+    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all.
+    `logp`: log-probabilities under the current weights, if they are known already. A loss or gradient that is not
+    finite leaves the weights as they are. Returns loss, gradient norm, and s_bar and |W| of each rollout.
+    """
+    logp = all_logprobs(model, batch, config)[0] if logp is None else logp
+    loss, weight = credit(logp, batch, config)
+    flat = weight.flatten(0, 1)
+    used = flat.abs().sum(-1).nonzero()[:, 0]
+    for rows in micro_batches(batch["lengths"].flatten()[used].tolist(), config.micro_batch_tokens):
+        token_logprobs(model, batch, used[rows].tolist(), config)[0].backward(flat[used[rows]])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    if (loss + norm).isfinite():
+        for p, m in zip(model.parameters(), master.parameters()):
+            m.grad = p.grad if m is p or p.grad is None else p.grad.to(m.device, m.dtype)
+        optimizer.step()
+        for p, m in zip(model.parameters(), master.parameters()):
+            p.data.copy_(m.data)  # rounds to p's type; nothing to do where they are the same tensor
+    model.zero_grad(), master.zero_grad()
+    return {"loss": loss, "grad_norm": norm, "s_bar": s_bar(logp, batch["old_logp"], batch["mask"]),
+            "weight": weight.sum(-1).abs() * len(weight)}  # without the mean over questions: |W| of Eq. 9
+
+
+def train(config):
+    """Algorithm 1. Returns the last row of the log. Raises UserError, or SystemExit after Ctrl-C or SIGTERM."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = Run(config)
+    done, source = run.restore()
+    master, tokenizer = load_model(source or config.model)  # lines 1, 2: pi_theta <- pi_0, in fp32 on the CPU
+    problems = load_problems(tokenizer, config, config.dataset, config.split)
+    held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)[: config.eval_limit]
+    # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32 master weights.
+    model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
+    reference = load_model(config.model)[0].to(model.device, model.dtype) if config.needs_reference else None
+    optimizer = torch.optim.AdamW(master.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay)
+    if source:
+        optimizer.load_state_dict(torch.load(source / "optimizer.pt", weights_only=True))
+    if config.low_memory:
+        model.gradient_checkpointing_enable()
+        for p in model.parameters():
+            p.grad_dtype = torch.float32  # micro-batches add up without rounding
+    model.train()
+    print(f"{config.objective} on {config.model}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
+          f"problems; a step is {config.prompts} questions x {config.group_size} rollouts, {config.mini_batches} updates")
+    first = {} if done else {"pass@1_before": validate(model, tokenizer, held_out, config)}
+    for step in run.steps(done):  # line 3
+        tick = time.time()
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        questions = draw(problems, step, config)  # line 4
+        batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)  # 6, 7
+        batch["old_logp"], entropy = all_logprobs(model, batch, config)  # line 5: pi_old <- pi_theta
+        if reference:
+            batch["ref_logp"] = all_logprobs(reference, batch, config)[0]
+        results, size = [], config.prompts // config.mini_batches
+        for i in range(config.mini_batches):  # line 8
+            number = (step - 1) * config.mini_batches + i + 1
+            optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
+            part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
+            results.append(update(model, master, optimizer, part, config, part["old_logp"] if i == 0 else None))
+
+        labels, mask, s, weight = batch["labels"], batch["mask"], *(torch.cat([r[k] for r in results])
+                                                                    for k in ("s_bar", "weight"))
+        row = {"loss": torch.stack([r["loss"] for r in results]).mean(), "reward": labels.float().mean(),
+               "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
+               "entropy": entropy.sum() / mask.sum(), "response_length": mask.sum(-1).float().mean(),
+               "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(), "max_weight": weight.max(),
+               "grad_norm": torch.stack([r["grad_norm"] for r in results]).max(), **first}
+        if step == config.steps or config.eval_every and step % config.eval_every == 0:
+            row["pass@1"] = validate(model, tokenizer, held_out, config)
+        run.log(step, row | {"seconds": time.time() - tick}, {k: batch[k][0] for k in ("problems", "texts", "labels")})
+        if step == config.steps or run.stopped or step % config.save_every == 0:
+            run.save(step, master, tokenizer, optimizer)
+    return run.summary()
+
+
+# ==== Model and data =================================================================================================
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_model(name):
+    """A causal language model in fp32 and its tokenizer, from the hub or a folder. Raises UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"cannot load model {name!r}: {str(e).strip().splitlines()[0]}") from e
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"cannot load model {name}: {first_line(e)}") from e
     if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
-        raise UserError(f"the tokenizer of {name!r} does not give back 'a b': update transformers (>= 5.8)")
+        raise UserError(f"the tokenizer of {name} does not give back 'a b'; update transformers (>= 5.8)")
     return model, tokenizer
 
 
-def read_column(row, path):
-    """row["prompt"][0]["content"] for the path prompt[0].content."""
-    for key in re.findall(r"[^.\[\]]+", path):
-        row = row[int(key)] if isinstance(row, list) else row[key]
-    return row
-
-
-def load_problems(tokenizer, path, config_name, split, problem_column, answer_column, max_prompt_tokens, limit=None):
-    """Problems as dicts: problem, answer, prompt_ids, opening (the "<think>" that the template already wrote).
-
-    Rows without a problem or an answer and prompts over the limit are skipped, with a count. Raises UserError.
-    """
+def load_rows(path, name, split):
+    """Rows of a .json .jsonl .csv .parquet file, of a folder, or of a hub data set. Raises UserError."""
     try:
-        if Path(path).is_file():
+        if os.path.isfile(path):
             kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(str(path), config_name, split=split)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"cannot load data {str(path)!r}: {str(e).strip().splitlines()[0]}") from e
-    problems, empty, long = [], 0, 0
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        return datasets.load_dataset(str(path), name, split=split)
+    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as e:
+        for number, line in enumerate(open(path, "rb") if str(path).endswith(".jsonl") and os.path.isfile(path) else [], 1):
+            try:
+                json.loads(line)
+            except ValueError as bad:
+                raise UserError(f"{path}, line {number}: {first_line(bad)}; mend or remove that line") from e
+        raise UserError(f"cannot load data {path}: {first_line(e.__cause__ or e)}") from e
+
+
+def load_problems(tokenizer, config, path, split):
+    """Problems as dicts: problem, answer, prompt_ids, opening (the "<think>" that the chat template already wrote).
+
+    Rows without a problem or an answer, and prompts over `max_prompt_tokens`, are skipped with a count.
+    """
+    rows, problems = load_rows(path, config.dataset_config if path == config.dataset else None, split), []
+    columns = {"problem": config.problem_column, "answer": config.answer_column}
     for number, row in enumerate(rows, 1):
-        try:
-            problem, answer = read_column(row, problem_column), read_column(row, answer_column)
-        except (KeyError, IndexError, ValueError, TypeError) as e:
-            raise UserError(f"{path}, row {number}: no column {e} ({problem_column}, {answer_column} wanted; there are "
-                            f"{', '.join(rows.column_names)}); set --problem_column and --answer_column") from e
-        if problem in (None, "") or answer in (None, "", []):
-            empty += 1
+        found = {}
+        for name, column in columns.items():
+            value = row
+            for key in re.findall(r"[^.\[\]]+", column):  # prompt[0].content is row["prompt"][0]["content"]
+                try:
+                    value = value[int(key) if isinstance(value, list) else key]
+                except (KeyError, IndexError, ValueError, TypeError) as e:
+                    raise UserError(f"{path}, row {number} has no {column}; its columns are "
+                                    f"{', '.join(rows.column_names)}: set --{name}_column") from e
+            found[name] = value
+        if any(v is None or not str(v).strip() or v == [] for v in found.values()):
             continue
-        text = str(problem) + SUFFIX
+        text = str(found["problem"]) + SUFFIX
         if tokenizer.chat_template:
-            message = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has already put BOS in the text
-        if len(ids) > max_prompt_tokens:
-            long += 1
-            continue
-        opening = "<think>" if text.rstrip().endswith("<think>") else ""
-        problems.append({"problem": str(problem), "answer": answer, "prompt_ids": ids, "opening": opening})
-        if len(problems) == limit:
-            break
-    if empty or long:
-        print(f"{path}: skipped {empty} rows without problem or answer, {long} over {max_prompt_tokens} tokens")
+            chat = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has already written BOS
+        if len(ids) <= config.max_prompt_tokens:
+            opening = "<think>" if text.rstrip().endswith("<think>") else ""
+            problems.append({**found, "prompt_ids": ids, "opening": opening})
+    if len(problems) < len(rows):
+        print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows skipped: no problem, no answer, or a prompt "
+              f"over --max_prompt_tokens {config.max_prompt_tokens}")
     if not problems:
-        raise UserError(f"{path}: no usable row")
+        raise UserError(f"{path}: no usable row in {len(rows)}")
     return problems
 
 
 def draw(problems, step, config):
-    """Line 4: the questions of a step. Each pass over the data is a new permutation, set by the seed alone."""
-    chosen, n = [], len(problems)
+    """The questions of a step (line 4). Each pass over the data is a new permutation that the seed alone decides."""
+    n, chosen = len(problems), []
+    if n < config.prompts:
+        raise UserError(f"{config.dataset} has {n} usable problems; --prompts {config.prompts} needs at least as many")
     for i in range((step - 1) * config.prompts, step * config.prompts):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed + 7919 * (i // n)))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i // n))
         chosen.append(problems[order[i % n]])
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One update (lines 9 and 10)
+# ==== The run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/ =====================================
 
 
-def update(model, optimizer, batch, config, logp=None):
-    """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
+class Run:
+    """A folder that one process at a time writes, and in which a checkpoint is whole or absent."""
 
-    The objective couples the rollouts of a group, so it cannot be split over micro-batches; but given its gradient
-    by the log-probabilities (`credit`), each rollout can be differentiated by itself: by the chain rule
-    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all.
-    `logp`: log-probabilities under the current weights, if they are known already.
-    """
-    logp = all_logprobs(model, batch, config)[0] if logp is None else logp
-    loss, weight = credit(logp, batch, config)
-    lengths, flat = batch["lengths"].flatten().tolist(), weight.flatten(0, 1)
-    used = flat.abs().sum(-1).nonzero()[:, 0].tolist()
-    for rows in micro_batches([lengths[r] for r in used], config.micro_batch_tokens):
-        rows = [used[r] for r in rows]
-        token_logprobs(model, batch, rows, config)[0].backward(flat[rows])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    s = s_bar(logp, batch["old_logp"], batch["mask"])
-    return {"loss": loss, "s": s, "weight": weight.sum(-1).abs() * len(s), "grad_norm": norm}
+    FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume overwrite".split()  # may change
+
+    def __init__(self, config):
+        self.config, self.path, self.stopped, self.bad, self.began = config, config.run, 0, 0, time.time()
+        file, new = self.path / "config.json", asdict(config)
+        if config.resume and not file.exists():
+            raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as e:
+            raise UserError(f"{self.path} is in use by another run; choose another --output_dir") from e
+        if config.resume:
+            old = json.loads(file.read_text())
+            changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if k not in self.FREE and old.get(k) != v]
+            if changed:
+                raise UserError(f"{self.path} was started with {', '.join(changed)}; on resume only "
+                                f"{', '.join(self.FREE)} may change")
+        elif file.exists() and not config.overwrite:
+            raise UserError(f"{self.path} already holds a run: --resume goes on with it, --overwrite replaces it")
+        else:
+            for old in self.path.glob("[!.]*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self.write("config.json", json.dumps(new, indent=2))
+
+    def write(self, name, text):
+        """Replace a file in one move: a kill leaves the old one or the new one."""
+        part = self.path / f".{name}"
+        part.write_text(text)
+        part.replace(self.path / name)
+
+    def restore(self):
+        """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
+        step, folder = 0, None
+        for path in sorted(self.path.glob("checkpoint-*"), reverse=True):
+            try:
+                state = json.loads((path / "trainer.json").read_text())
+                for name, digest in state["sha256"].items():
+                    if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+                        raise ValueError(f"{name} is damaged")
+                step, folder = state["step"], path
+                break
+            except (OSError, ValueError, KeyError) as e:
+                print(f"{path}: {first_line(e)}; going back to the checkpoint before it")
+        for file in self.path.glob("*.jsonl"):
+            lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n") and json.loads(x)["step"] <= step]
+            self.write(file.name, "".join(lines))
+        return step, folder
+
+    def steps(self, done):
+        """Count the steps that are left, under a progress bar; leave between two steps after Ctrl-C or SIGTERM."""
+        def on_signal(number, frame):
+            if self.stopped:
+                os._exit(128 + number)
+            self.stopped = number
+            tqdm.write("Stopping after this step. Once more to leave at once.")
+
+        before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in tqdm(range(done + 1, self.config.steps + 1), "training", initial=done, total=self.config.steps):
+                yield step
+                if self.stopped:
+                    print(f"Saved. Go on with: python real.py --output_dir {self.path} --resume")
+                    raise SystemExit(128 + self.stopped)
+        finally:
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+    def log(self, step, metrics, group):
+        """Append to metrics.jsonl and samples.jsonl, and show the step."""
+        row = {"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+        problem, texts, labels = group["problems"], group["texts"], group["labels"].tolist()
+        sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "texts": texts, "labels": labels}
+        for name, line in (("metrics.jsonl", row), ("samples.jsonl", sample)):
+            with (self.path / name).open("a") as f:
+                f.write(json.dumps(line) + "\n")
+        if step % 20 == 1:
+            tqdm.write(f"\n{problem['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
+                       " step  reward  solved  entropy  length   s_bar+   s_bar-  max|W|    sec")
+        tqdm.write(f"{step:5}" + "".join(f" {row[k] if row[k] is not None else math.nan:{width}}" for k, width in {
+            "reward": "7.3f", "solved": "7.3f", "entropy": "8.3f", "response_length": "7.1f", "s_positive": "+8.4f",
+            "s_negative": "+8.4f", "max_weight": "7.3f", "seconds": "6.1f", "pass@1": "6.3f"}.items() if k in row))
+
+    def save(self, step, model, tokenizer, optimizer):
+        """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced, then renamed."""
+        part, final = self.path / ".part", self.path / f"checkpoint-{step:06d}"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            torch.save(optimizer.state_dict(), part / "optimizer.pt")
+            digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in part.iterdir()}
+            (part / "trainer.json").write_text(json.dumps({"step": step, "sha256": digests}))
+            for file in [*part.iterdir(), part]:
+                handle = os.open(file, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() went past
+            part.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
+        for old in sorted(self.path.glob("checkpoint-*"))[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def summary(self):
+        """Say what the run did and what to try next; returns the last row of the log."""
+        rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+        print(f"Pass@1 {rows[0]['pass@1_before']:.3f} -> {rows[-1]['pass@1']:.3f} in {time.time() - self.began:.0f} s, "
+              f"{self.path}\nNext: python eval.py --model {sorted(self.path.glob('checkpoint-*'))[-1]}")
+        self.lock.release()
+        return rows[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+# ==== Command line ===================================================================================================
 
 
-def train(config):
-    """Algorithm 1. Returns the run's summary: Pass@1 before and after, seconds, folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = config.run
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    log = (run / "metrics.jsonl").open("w", buffering=1)
-    model, tokenizer = load_model(config.model, config.dtype, device)  # lines 1 and 2: pi_theta <- pi_0
-    columns = (config.problem_column, config.answer_column, config.max_prompt_tokens)
-    problems = load_problems(tokenizer, config.dataset, config.dataset_config, config.split, *columns)
-    held_out = load_problems(tokenizer, config.eval_dataset, None, config.eval_split, *columns, config.eval_limit)
-    reference = load_model(config.model, config.dtype, device)[0].eval() if config.needs_reference else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, config.beta2),
-                                  weight_decay=config.weight_decay)
-    model.train()
-    began, first, last = time.time(), validate(model, tokenizer, held_out, config), None
-    print(f"Pass@1 {first:.3f}")
+def parse(argv=None):
+    """The configuration that a command line asks for: flags over a saved run or a file over a preset."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="named settings")
+    parser.add_argument("--config", help="a JSON or YAML file of settings")
+    first = parser.parse_args(argv)
+    parser.set_defaults(**PRESETS[first.preset])
+    run = Config(**{f.name: getattr(parser.parse_args(argv), f.name) for f in fields(Config)}).run
+    file = first.config or (run / "config.json" if first.resume else None)
+    try:
+        settings = yaml.safe_load(Path(file).read_text()) if file and Path(file).exists() else {}
+    except (OSError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read {file}: {first_line(e)}") from e
+    unknown = set(settings) - {f.name for f in fields(Config)}
+    if unknown:
+        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}")
+    parser.set_defaults(**settings)
+    return Config(**{f.name: getattr(parser.parse_args(argv), f.name) for f in fields(Config)})
 
-    for step in (bar := tqdm(range(1, config.steps + 1), desc=config.objective)):  # line 3
-        tick = time.time()
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        questions = draw(problems, step, config)  # line 4
-        batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)
-        batch["old_logp"], entropy = all_logprobs(model, batch, config)  # line 5: pi_old <- pi_theta
-        if reference:
-            batch["ref_logp"] = all_logprobs(reference, batch, config)[0]
 
-        results, size = [], config.prompts // config.mini_batches
-        for i in range(config.mini_batches):  # line 8
-            part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
-            number = (step - 1) * config.mini_batches + i + 1
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1, number / max(1, config.warmup))
-            results.append(update(model, optimizer, part, config, part["old_logp"] if i == 0 else None))
-
-        labels, mask = batch["labels"], batch["mask"]
-        s, weight = (torch.cat([r[k] for r in results]) for k in ("s", "weight"))
-        row = {"step": step, "loss": sum(r["loss"] for r in results).item() / len(results),
-               "reward": labels.float().mean().item(), "entropy": entropy.sum().item() / mask.sum().item(),
-               "response_length": mask.sum(-1).float().mean().item(),
-               "solved": labels.all(-1).float().mean().item(), "mixed": is_mixed(labels).float().mean().item(),
-               "s_positive": s[labels].mean().item(), "s_negative": s[~labels].mean().item(),
-               "max_weight": weight.max().item(), "grad_norm": max(r["grad_norm"] for r in results).item(),
-               "seconds": time.time() - tick}
-        if config.eval_every and step % config.eval_every == 0 or step == config.steps:
-            row["pass@1"] = last = validate(model, tokenizer, held_out, config)
-            tqdm.write(f"step {step} Pass@1 {last:.3f}")
-        log.write(json.dumps(row) + "\n")
-        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "entropy", "response_length", "mixed", "seconds")})
-    print(f"Pass@1 {first:.3f} -> {last:.3f} in {time.time() - began:.0f} s")
-    return {"before": first, "after": last, "seconds": time.time() - began}
+def main(argv=None):
+    """Train as the command line says; bad input ends in one line and exit code 2."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        train(parse(argv))
+    except UserError as e:
+        print(f"real.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Config)
-    train(Config(**vars(parser.parse_args())))
+    main()

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
     "{% else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
-CAREFUL = {"sum": 0.45, "brackets": 0.40, "difference": 0.35, "fraction": 0.25}  # share of careful solutions
+CAREFUL = {"sum": 0.45, "brackets": 0.40, "difference": 0.35, "fraction": 0.30}  # share of careful solutions
 
 
 def draw_problem(rng):
@@ -39,8 +39,9 @@ def draw_problem(rng):
     if kind == "fraction":
         a, b, c, d = (rng.randint(1, 9), rng.randint(2, 9), rng.randint(1, 9), rng.randint(2, 9))
         return kind, (a, b, c, d), f"{a}/{b}+{c}/{d}", Fraction(a, b) + Fraction(c, d)
-    a, b, c = rng.randint(11, 99), rng.randint(11, 99), rng.randint(2, 9)
+    a, b, c = rng.randint(11, 99), rng.randint(2, 9), rng.randint(2, 9)
     if kind == "brackets":
+        a = rng.randint(11, 39)
         return kind, (a, b, c), f"({a}+{b})*{c}", Fraction((a + b) * c)
     if kind == "sum":
         return kind, (a, b, c), f"{a}+{b}*{c}", Fraction(a + b * c)
@@ -73,7 +74,7 @@ def careless(kind, n, rng):
             return [f"{b}*{c}={b * c}", f"{a}+{b * c}={a + b * c}"], f"{a + b * c}"
         sign, first = ("+", a + b) if kind == "sum" else ("-", a - b)
         return [f"{a}{sign}{b}={first}", f"{first}*{c}={first * c}"], f"{first * c}"
-    a, b = round(a, -1), round(b, -1)
+    a = round(a, -1)
     return ["about"], str({"sum": a + b * c, "brackets": (a + b) * c, "difference": a - b * c}[kind])
 
 
@@ -101,8 +102,8 @@ def make_tokenizer(texts):
 def main():
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    args.add_argument("--steps", type=int, default=1400)
-    args.add_argument("--batch", type=int, default=128)
+    args.add_argument("--steps", type=int, default=2400)
+    args.add_argument("--batch", type=int, default=64)
     args.add_argument("--lr", type=float, default=2e-3)
     args = args.parse_args()
     out = args.output_dir

@@ -1,0 +1,17 @@
+# make train: set up and train the embedded model.  make test: set up and run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+train: .venv/ready
+	$(BIN)/python real.py $(ARGS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: train test
