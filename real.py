@@ -88,7 +88,7 @@ class Config:
     kl_ref: float = arg(0.0, "weight of a KL term to the starting model, any objective (>= 0), Sec. 5.3")
     kl_old: float = arg(0.0, "weight of a KL term to the old policy, any objective (>= 0), Sec. 5.3")
     prompts: int = arg(16, "questions per step, Q (>= 1); paper: 128")
-    group_size: int = arg(8, "rollouts per question, G (>= 2), Sec. 5.1")
+    group_size: int = arg(8, "rollouts per question, G (>= 2) (<= 1024), Sec. 5.1")
     mini_batches: int = arg(4, "updates per step, each on prompts / mini_batches whole groups (>= 1), Sec. 5.1")
     steps: int = arg(110, "training steps (>= 1); paper: 1,400")
     lr: float = arg(1e-4, "AdamW learning rate (> 0) (<= 1); paper: 2e-6")
@@ -103,7 +103,7 @@ class Config:
     low_memory: bool = arg(False, "bfloat16 and recomputed activations on the GPU, fp32 weights and moments on the CPU")
     eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems with the same columns")
     eval_split: str = arg("test", "split to validate on")
-    eval_every: int = arg(50, "steps between validations (>= 0); 0: before and after only")
+    eval_every: int = arg(50, "steps between validations, also one before and one after (>= 0); 0: none")
     eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
     eval_limit: int = arg(256, "validation problems used (>= 1)")
     seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0)")
@@ -117,12 +117,12 @@ class Config:
         holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
         for f in fields(self):
             value, rules = getattr(self, f.name), re.findall(r"\(([<>]=?) (\S+)\)", f.metadata["help"])
-            if value is not None and not all(holds[sign](value, float(bound)) for sign, bound in rules):
+            if rules and not (math.isfinite(value) and all(holds[sign](value, float(x)) for sign, x in rules)):
                 rule = " and ".join(map(" ".join, rules))
-                raise UserError(f"--{f.name} must be {rule}, for example {f.default}; it is {value}")
+                raise UserError(f"--{f.name} must be finite and {rule}, for example {f.default}; it is {value}")
         if self.prompts % self.mini_batches:
-            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (mini-batches "
-                            f"hold whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
+            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (a mini-batch "
+                            f"holds whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective {self.objective} is unknown; choose one of {', '.join(OBJECTIVES)}")
 
@@ -133,8 +133,9 @@ class Config:
 
     @property
     def hyperparameters(self):
-        """Those settings that are arguments of this objective."""
-        return {k: v for k, v in asdict(self).items() if k in inspect.signature(OBJECTIVES[self.objective]).parameters}
+        """Those of the loss settings that this objective takes."""
+        taken = inspect.signature(OBJECTIVES[self.objective]).parameters
+        return {name: getattr(self, name) for name in ("tau", "as_printed") if name in taken}
 
     @property
     def needs_reference(self):
@@ -251,20 +252,19 @@ def kl(logp, other_logp, mask):
     return token_mean(k3(logp, other_logp, mask), mask).mean()
 
 
-def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001, keep=None):
+def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001, drop=False):
     """GRPO, Eq. 1: clipped policy gradient, token mean per rollout, then mean over rollouts; KL if `ref_logp`."""
     loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
-    if keep is not None:
-        loss = torch.where(keep, loss, 0.0)
+    if drop:  # the tokens whose ratio has left the interval, right and wrong rollouts alike
+        rho = log_ratio(logp, old_logp, mask).detach().exp()
+        loss = torch.where((rho >= 1 - eps_low) & (rho <= 1 + eps_high), loss, 0.0)
     loss = token_mean(loss, mask).mean()
     return loss if ref_logp is None else loss + beta * kl(logp, ref_logp, mask)
 
 
 def grpo_bidirectional(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001):
-    """Fig. 2's ablation: GRPO that drops every token whose ratio leaves [1 - eps_low, 1 + eps_high], both signs."""
-    rho = log_ratio(logp, old_logp, mask).detach().exp()
-    keep = (rho >= 1 - eps_low) & (rho <= 1 + eps_high)
-    return grpo(logp, old_logp, mask, labels, ref_logp=ref_logp, eps_low=eps_low, eps_high=eps_high, beta=beta, keep=keep)
+    """Fig. 2's ablation: GRPO without the tokens whose ratio leaves [1 - eps_low, 1 + eps_high]."""
+    return grpo(logp, old_logp, mask, labels, ref_logp=ref_logp, eps_low=eps_low, eps_high=eps_high, beta=beta, drop=True)
 
 
 def dapo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.28):
@@ -328,10 +328,9 @@ def micro_batches(lengths, budget):
 
 def head_logprobs(hidden, targets, head, temperature):
     """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and the entropy (n,) if no graph is kept."""
-    logits = head(hidden).float() / temperature
-    logz = logits.logsumexp(-1)
-    entropy = None if torch.is_grad_enabled() else logz - (logits.softmax(-1) * logits).sum(-1)
-    return logits.gather(-1, targets[:, None])[:, 0] - logz, entropy
+    logp = (head(hidden).float() / temperature).log_softmax(-1)  # (n, vocabulary)
+    entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def token_logprobs(model, batch, rows, config):
@@ -452,8 +451,9 @@ def update(model, master, optimizer, batch, config, logp=None):
     An objective couples the rollouts of a group, so it cannot be cut into micro-batches. But once its derivative by
     the log-probabilities is known (`credit`), each rollout can be differentiated by itself, by the chain rule:
     dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all.
-    `logp`: log-probabilities under the current weights, if they are known already. A loss or gradient that is not
-    finite leaves the weights as they are. Returns loss, gradient norm, and s_bar and |W| of each rollout.
+    `logp`: log-probabilities under the current weights, if known already. `master`: the fp32 weights that the
+    optimizer holds; `model` itself, or what its bfloat16 weights are rounded from. A loss or gradient that is not
+    finite changes nothing. Returns the loss, the gradient's norm, and s_bar and |W| of each rollout.
     """
     logp = all_logprobs(model, batch, config)[0] if logp is None else logp
     loss, weight = credit(logp, batch, config)
@@ -467,39 +467,40 @@ def update(model, master, optimizer, batch, config, logp=None):
             m.grad = p.grad if m is p or p.grad is None else p.grad.to(m.device, m.dtype)
         optimizer.step()
         for p, m in zip(model.parameters(), master.parameters()):
-            p.data.copy_(m.data)  # rounds to p's type; nothing to do where they are the same tensor
-    model.zero_grad(), master.zero_grad()
+            p.data.copy_(m.data)
+    model.zero_grad()
+    master.zero_grad()
     return {"loss": loss, "grad_norm": norm, "s_bar": s_bar(logp, batch["old_logp"], batch["mask"]),
-            "weight": weight.sum(-1).abs() * len(weight)}  # without the mean over questions: |W| of Eq. 9
+            "weight": weight.sum(-1).abs() * len(weight)}  # times Q, as the loss is a mean over questions
 
 
 def train(config):
     """Algorithm 1. Returns the last row of the log. Raises UserError, or SystemExit after Ctrl-C or SIGTERM."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = Run(config)
-    done, source = run.restore()
-    master, tokenizer = load_model(source or config.model)  # lines 1, 2: pi_theta <- pi_0, in fp32 on the CPU
+    done, folder = run.restore()
+    master, tokenizer = load_model(folder or config.model)  # lines 1 and 2: pi_theta <- pi_0
     problems = load_problems(tokenizer, config, config.dataset, config.split)
-    held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)[: config.eval_limit]
-    # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32 master weights.
+    held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split) if config.eval_every else []
+    # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32, on the CPU.
     model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
-    reference = load_model(config.model)[0].to(model.device, model.dtype) if config.needs_reference else None
+    reference = load_model(config.model)[0].to(device, model.dtype) if config.needs_reference else None
     optimizer = torch.optim.AdamW(master.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay)
-    if source:
-        optimizer.load_state_dict(torch.load(source / "optimizer.pt", weights_only=True))
+    if folder:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     if config.low_memory:
         model.gradient_checkpointing_enable()
         for p in model.parameters():
-            p.grad_dtype = torch.float32  # micro-batches add up without rounding
+            p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
     model.train()
     print(f"{config.objective} on {config.model}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
           f"problems; a step is {config.prompts} questions x {config.group_size} rollouts, {config.mini_batches} updates")
-    first = {} if done else {"pass@1_before": validate(model, tokenizer, held_out, config)}
-    for step in run.steps(done):  # line 3
-        tick = time.time()
+    first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
+    for step in run.steps(done + 1):  # line 3
+        began = time.time()
         torch.manual_seed(config.seed * 1_000_003 + step)
-        questions = draw(problems, step, config)  # line 4
-        batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)  # 6, 7
+        questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
+        batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)
         batch["old_logp"], entropy = all_logprobs(model, batch, config)  # line 5: pi_old <- pi_theta
         if reference:
             batch["ref_logp"] = all_logprobs(reference, batch, config)[0]
@@ -509,20 +510,23 @@ def train(config):
             optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
             part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
             results.append(update(model, master, optimizer, part, config, part["old_logp"] if i == 0 else None))
+            run.check(step, results[-1], part)
 
-        labels, mask, s, weight = batch["labels"], batch["mask"], *(torch.cat([r[k] for r in results])
-                                                                    for k in ("s_bar", "weight"))
-        row = {"loss": torch.stack([r["loss"] for r in results]).mean(), "reward": labels.float().mean(),
-               "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
-               "entropy": entropy.sum() / mask.sum(), "response_length": mask.sum(-1).float().mean(),
-               "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(), "max_weight": weight.max(),
-               "grad_norm": torch.stack([r["grad_norm"] for r in results]).max(), **first}
-        if step == config.steps or config.eval_every and step % config.eval_every == 0:
+        labels, mask, last = batch["labels"], batch["mask"], step == config.steps
+        joined = {k: torch.cat([torch.atleast_1d(r[k]) for r in results]) for k in results[0]}
+        s, weight = joined["s_bar"], joined["weight"]
+        row = {"loss": joined["loss"].mean(), "reward": labels.float().mean(), "solved": labels.all(-1).float().mean(),
+               "mixed": is_mixed(labels).float().mean(), "entropy": entropy.sum() / mask.sum(),
+               "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
+               "s_negative": s[~labels].mean(), "max_weight": weight.max(), "spread_weight": weight.std(),
+               "grad_norm": joined["grad_norm"].max(), **first}
+        first = {}
+        if held_out and (last or step % config.eval_every == 0):
             row["pass@1"] = validate(model, tokenizer, held_out, config)
-        run.log(step, row | {"seconds": time.time() - tick}, {k: batch[k][0] for k in ("problems", "texts", "labels")})
-        if step == config.steps or run.stopped or step % config.save_every == 0:
+        run.log(step, row | {"seconds": time.time() - began}, questions[0], batch["texts"][0], labels[0].tolist())
+        if last or run.stopped or step % config.save_every == 0:
             run.save(step, master, tokenizer, optimizer)
-    return run.summary()
+    return run.finish()
 
 
 # ==== Model and data =================================================================================================
@@ -548,12 +552,13 @@ def load_model(name):
 def load_rows(path, name, split):
     """Rows of a .json .jsonl .csv .parquet file, of a folder, or of a hub data set. Raises UserError."""
     try:
-        if os.path.isfile(path):
-            kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        return datasets.load_dataset(str(path), name, split=split)
+        if not os.path.isfile(path):
+            return datasets.load_dataset(str(path), name, split=split)
+        kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        for number, line in enumerate(open(path, "rb") if str(path).endswith(".jsonl") and os.path.isfile(path) else [], 1):
+        lines = open(path, "rb") if str(path).endswith(".jsonl") and os.path.isfile(path) else []
+        for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
             except ValueError as bad:
@@ -561,34 +566,37 @@ def load_rows(path, name, split):
         raise UserError(f"cannot load data {path}: {first_line(e.__cause__ or e)}") from e
 
 
+def read_column(row, column):
+    """row["prompt"][0]["content"] for the column prompt[0].content; None where there is no such place."""
+    for key in re.findall(r"[^.\[\]]+", column):
+        if isinstance(row, list) and key.isdecimal() and int(key) < len(row):
+            row = row[int(key)]
+        else:
+            row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
 def load_problems(tokenizer, config, path, split):
     """Problems as dicts: problem, answer, prompt_ids, opening (the "<think>" that the chat template already wrote).
 
     Rows without a problem or an answer, and prompts over `max_prompt_tokens`, are skipped with a count.
     """
-    rows, problems = load_rows(path, config.dataset_config if path == config.dataset else None, split), []
-    columns = {"problem": config.problem_column, "answer": config.answer_column}
-    for number, row in enumerate(rows, 1):
-        found = {}
-        for name, column in columns.items():
-            value = row
-            for key in re.findall(r"[^.\[\]]+", column):  # prompt[0].content is row["prompt"][0]["content"]
-                try:
-                    value = value[int(key) if isinstance(value, list) else key]
-                except (KeyError, IndexError, ValueError, TypeError) as e:
-                    raise UserError(f"{path}, row {number} has no {column}; its columns are "
-                                    f"{', '.join(rows.column_names)}: set --{name}_column") from e
-            found[name] = value
-        if any(v is None or not str(v).strip() or v == [] for v in found.values()):
-            continue
-        text = str(found["problem"]) + SUFFIX
+    rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    for flag in ("problem_column", "answer_column"):
+        if re.split(r"[.\[]", getattr(config, flag))[0] not in rows.column_names:
+            raise UserError(f"{path} has no column {getattr(config, flag)} but {', '.join(rows.column_names)}; set --{flag}")
+    problems = []
+    for row in rows:
+        problem, answer = read_column(row, config.problem_column), read_column(row, config.answer_column)
+        text = str(problem) + SUFFIX
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has already written BOS
-        if len(ids) <= config.max_prompt_tokens:
+        empty = any(value is None or not str(value).strip() or value == [] for value in (problem, answer))
+        if not empty and len(ids) <= config.max_prompt_tokens:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
-            problems.append({**found, "prompt_ids": ids, "opening": opening})
+            problems.append({"problem": str(problem), "answer": answer, "prompt_ids": ids, "opening": opening})
     if len(problems) < len(rows):
         print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows skipped: no problem, no answer, or a prompt "
               f"over --max_prompt_tokens {config.max_prompt_tokens}")
@@ -601,7 +609,7 @@ def draw(problems, step, config):
     """The questions of a step (line 4). Each pass over the data is a new permutation that the seed alone decides."""
     n, chosen = len(problems), []
     if n < config.prompts:
-        raise UserError(f"{config.dataset} has {n} usable problems; --prompts {config.prompts} needs at least as many")
+        raise UserError(f"{config.dataset} has {n} usable problems, too few for --prompts {config.prompts}")
     for i in range((step - 1) * config.prompts, step * config.prompts):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i // n))
         chosen.append(problems[order[i % n]])
@@ -621,6 +629,8 @@ class Run:
         file, new = self.path / "config.json", asdict(config)
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
+        if file.exists() and not config.resume and not config.overwrite:
+            raise UserError(f"{self.path} already holds a run: --resume goes on with it, --overwrite replaces it")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
@@ -633,8 +643,6 @@ class Run:
             if changed:
                 raise UserError(f"{self.path} was started with {', '.join(changed)}; on resume only "
                                 f"{', '.join(self.FREE)} may change")
-        elif file.exists() and not config.overwrite:
-            raise UserError(f"{self.path} already holds a run: --resume goes on with it, --overwrite replaces it")
         else:
             for old in self.path.glob("[!.]*"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -642,9 +650,8 @@ class Run:
 
     def write(self, name, text):
         """Replace a file in one move: a kill leaves the old one or the new one."""
-        part = self.path / f".{name}"
-        part.write_text(text)
-        part.replace(self.path / name)
+        (self.path / ".part").write_text(text)
+        (self.path / ".part").replace(self.path / name)
 
     def restore(self):
         """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
@@ -664,8 +671,8 @@ class Run:
             self.write(file.name, "".join(lines))
         return step, folder
 
-    def steps(self, done):
-        """Count the steps that are left, under a progress bar; leave between two steps after Ctrl-C or SIGTERM."""
+    def steps(self, start):
+        """Count steps under a progress bar; after Ctrl-C or SIGTERM, leave when the current one is done and saved."""
         def on_signal(number, frame):
             if self.stopped:
                 os._exit(128 + number)
@@ -674,33 +681,44 @@ class Run:
 
         before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in tqdm(range(done + 1, self.config.steps + 1), "training", initial=done, total=self.config.steps):
+            for step in tqdm(range(start, self.config.steps + 1), initial=start - 1, total=self.config.steps):
                 yield step
                 if self.stopped:
-                    print(f"Saved. Go on with: python real.py --output_dir {self.path} --resume")
+                    tqdm.write(f"Saved. Go on with: python real.py --output_dir {self.path} --resume")
                     raise SystemExit(128 + self.stopped)
         finally:
             for n, handler in before.items():
                 signal.signal(n, handler)
 
-    def log(self, step, metrics, group):
-        """Append to metrics.jsonl and samples.jsonl, and show the step."""
+    def check(self, step, result, batch):
+        """Count updates in a row that were skipped because their loss or gradient was not finite; the third ends the run."""
+        self.bad = 0 if (result["loss"] + result["grad_norm"]).isfinite() else self.bad + 1
+        if self.bad:
+            torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-step-{step}.pt")
+            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}; update skipped, its "
+                       f"batch kept in {self.path}. First question: {batch['problems'][0]['problem'][:60]}")
+        if self.bad == 3:
+            raise UserError(f"3 updates in a row were not finite by step {step}; go on from the last checkpoint with a "
+                            "lower --lr")
+
+    def log(self, step, metrics, problem, texts, labels):
+        """Append a step to metrics.jsonl and its first group to samples.jsonl, and show them."""
         row = {"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
-        problem, texts, labels = group["problems"], group["texts"], group["labels"].tolist()
         sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "texts": texts, "labels": labels}
         for name, line in (("metrics.jsonl", row), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as f:
                 f.write(json.dumps(line) + "\n")
         if step % 20 == 1:
-            tqdm.write(f"\n{problem['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
-                       " step  reward  solved  entropy  length   s_bar+   s_bar-  max|W|    sec")
-        tqdm.write(f"{step:5}" + "".join(f" {row[k] if row[k] is not None else math.nan:{width}}" for k, width in {
-            "reward": "7.3f", "solved": "7.3f", "entropy": "8.3f", "response_length": "7.1f", "s_positive": "+8.4f",
-            "s_negative": "+8.4f", "max_weight": "7.3f", "seconds": "6.1f", "pass@1": "6.3f"}.items() if k in row))
+            tqdm.write(f"\n{sample['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
+                       " step  reward  solved  entropy  length   s_bar+   s_bar-  max|W|  seconds  Pass@1")
+        columns = {"step": 5, "reward": 7.3, "solved": 7.3, "entropy": 8.3, "response_length": 7.1, "s_positive": 8.4,
+                   "s_negative": 8.4, "max_weight": 7.3, "seconds": 8.1, "pass@1": 7.3}
+        tqdm.write(" ".join(f"{math.nan if row[k] is None else row[k]:{w}{'f' if k != 'step' else ''}}"
+                            for k, w in columns.items() if k in row))
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced, then renamed."""
-        part, final = self.path / ".part", self.path / f"checkpoint-{step:06d}"
+        part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         shutil.rmtree(part, ignore_errors=True)
         try:
             model.save_pretrained(part)
@@ -712,19 +730,20 @@ class Run:
                 handle = os.open(file, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() went past
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() passed over
             part.rename(final)
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
         for old in sorted(self.path.glob("checkpoint-*"))[: -self.config.keep]:
             shutil.rmtree(old)
 
-    def summary(self):
-        """Say what the run did and what to try next; returns the last row of the log."""
+    def finish(self):
+        """Say what the run did, draw it if matplotlib is there, and name the next command."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
-        print(f"Pass@1 {rows[0]['pass@1_before']:.3f} -> {rows[-1]['pass@1']:.3f} in {time.time() - self.began:.0f} s, "
-              f"{self.path}\nNext: python eval.py --model {sorted(self.path.glob('checkpoint-*'))[-1]}")
         self.lock.release()
+        if "pass@1" in rows[-1]:
+            print(f"Pass@1 {rows[0]['pass@1_before']:.3f} -> {rows[-1]['pass@1']:.3f} in {time.time() - self.began:.0f} s")
+        print(f"{self.path}\nNext: python eval.py --model {sorted(self.path.glob('checkpoint-*'))[-1]}")
         return rows[-1]
 
 
@@ -732,23 +751,24 @@ class Run:
 
 
 def parse(argv=None):
-    """The configuration that a command line asks for: flags over a saved run or a file over a preset."""
+    """The configuration that a command line asks for: flags over a settings file over a preset."""
+    def read():
+        return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "config")})
+
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="named settings")
-    parser.add_argument("--config", help="a JSON or YAML file of settings")
+    parser.add_argument("--config", help="a JSON or YAML file of settings; with --resume, the run's own")
     first = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[first.preset])
-    run = Config(**{f.name: getattr(parser.parse_args(argv), f.name) for f in fields(Config)}).run
-    file = first.config or (run / "config.json" if first.resume else None)
+    file = first.config or (read().run / "config.json" if first.resume else None)
     try:
-        settings = yaml.safe_load(Path(file).read_text()) if file and Path(file).exists() else {}
+        settings = yaml.safe_load(Path(file).read_text()) if file else {}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {file}: {first_line(e)}") from e
-    unknown = set(settings) - {f.name for f in fields(Config)}
-    if unknown:
+    if unknown := set(settings) - {f.name for f in fields(Config)}:
         raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}")
     parser.set_defaults(**settings)
-    return Config(**{f.name: getattr(parser.parse_args(argv), f.name) for f in fields(Config)})
+    return read()
 
 
 def main(argv=None):

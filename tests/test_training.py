@@ -1,0 +1,208 @@
+"""Log-probabilities, sampling, exact micro-batches and whole training runs on the embedded model."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import real
+from real import Config, OBJECTIVES
+
+QUICK = Config(eval_every=0, steps=2, prompts=4, mini_batches=2, group_size=4)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = real.load_model(Config().model)
+    return model, tokenizer, real.load_problems(tokenizer, Config(), Config().dataset, "train")
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    model, tokenizer, problems = tiny
+    torch.manual_seed(0)
+    batch = real.rollouts(model, tokenizer, problems[:4], 4, 48, 1.0)
+    batch["old_logp"], _ = real.all_logprobs(model, batch, QUICK)
+    batch["ref_logp"] = batch["old_logp"] - 0.01
+    return batch
+
+
+# ---- Log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_match_the_plain_formula(tiny, batch, temperature):
+    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight."""
+    model, config = tiny[0], replace(QUICK, temperature=temperature)
+    logp, entropy = real.all_logprobs(model, batch, config)
+    total = 0.0
+    for q in range(4):
+        for g in range(4):
+            o = batch["completions"][q, g][batch["mask"][q, g]]
+            ids = torch.cat([batch["prompts"][q], o])[None]
+            full = (model(input_ids=ids).logits[0].double() / temperature).log_softmax(-1)
+            start = len(batch["prompts"][q]) - 1
+            plain = full[start : start + len(o)].gather(-1, o[:, None])[:, 0]
+            assert torch.allclose(logp[q, g][: len(o)].double(), plain, atol=1e-5)
+            h = -(full.exp() * full).sum(-1)[start : start + len(o)]
+            assert torch.allclose(entropy[q, g][: len(o)].double(), h, atol=1e-5)
+            total = total + plain.sum()
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    real.token_logprobs(model, batch, list(range(16)), config)[0].sum().backward()
+    for p, e in zip(model.parameters(), expected):
+        assert torch.allclose(p.grad, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
+    model.zero_grad()
+
+
+def test_s_bar_is_exactly_zero_before_the_first_update(tiny, batch):
+    again, _ = real.all_logprobs(tiny[0], batch, QUICK)
+    assert torch.equal(again, batch["old_logp"])
+
+
+# ---- Exact at any micro-batch size ------------------------------------------------------------------------------------
+
+
+def gradient(model, batch, config):
+    """The mini-batch gradient that `update` hands to the optimizer (before clipping: the limit is out of reach)."""
+    seen = {}
+
+    class Spy:
+        def step(self):
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    logp = batch["old_logp"] + 0.1 * torch.sin(torch.arange(batch["mask"].numel()).view(batch["mask"].shape))
+    real.update(model, model, Spy(), batch, config, torch.where(batch["mask"], logp, 0.0))
+    return seen
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_does_not_depend_on_the_micro_batch(tiny, batch, objective):
+    model = tiny[0]
+    assert real.is_mixed(batch["labels"]).any()
+    config = replace(QUICK, objective=objective, grad_clip=1e9, kl_old=0.01)
+    whole, groups, single = (gradient(model, batch, replace(config, micro_batch_tokens=n)) for n in (10**6, 300, 1))
+    for n, g in whole.items():
+        assert g.abs().max() > 0
+        for other in (groups, single):
+            assert (g - other[n]).norm() <= 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_step_gradient_is_the_gradient_of_the_loss(tiny, batch, objective):
+    """`credit` then the chain rule, against plain autograd through model and objective at once."""
+    model, config = tiny[0], replace(QUICK, objective=objective, grad_clip=1e9)
+    old = torch.where(batch["mask"], batch["old_logp"] - 0.2 * torch.rand(batch["mask"].shape), 0.0)
+    shifted = batch | {"old_logp": old}
+    logp = real.token_logprobs(model, shifted, list(range(16)), config)[0].view(old.shape)
+    loss = OBJECTIVES[objective](logp, old, batch["mask"], batch["labels"], ref_logp=batch["ref_logp"])
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    seen = []
+
+    class Spy:
+        def step(self):
+            seen.extend(p.grad.clone() for p in model.parameters())
+
+    result = real.update(model, model, Spy(), shifted, config)
+    assert result["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for g, e in zip(seen, expected):
+        assert (g - e).norm() <= 1e-4 * e.norm()
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+    lengths = [7, 3, 9, 1, 4, 20, 4]
+    parts = list(real.micro_batches(lengths, 12))
+    assert sorted(sum(parts, [])) == list(range(7))
+    assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 12 for p in parts)
+    assert len(parts) < 7
+
+
+# ---- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_follow_the_model(tiny):
+    """The frequencies of first tokens against the softmax, at two temperatures and with top-p."""
+    model, tokenizer, problems = tiny
+    prompt = torch.tensor(problems[0]["prompt_ids"])
+    logits = model(input_ids=prompt[None]).logits[0, -1].detach().double()
+    for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7)]:
+        p = (logits / temperature).softmax(-1)
+        if top_p < 1:
+            order = p.argsort(descending=True)
+            kept = order[: int((p[order].cumsum(-1) < top_p).sum()) + 1]
+            p = torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
+        torch.manual_seed(1)
+        ids, _ = real.sample(model, [prompt], 4000, [1], 1, temperature, top_p)
+        seen = torch.bincount(ids.flatten(), minlength=len(p)) / 4000
+        assert (seen - p).abs().max() < 5 * math.sqrt(0.25 / 4000)
+        assert not seen[p == 0].any()
+
+
+def test_greedy_samples_match_generate_and_masks_end_at_the_first_end_token(tiny):
+    """Prompts of different lengths in one batch, rollouts leaving it early: the tokens are those of `generate`."""
+    model, tokenizer, problems = tiny
+    short = sorted(problems[:50], key=lambda p: len(p["prompt_ids"]))
+    prompts = [torch.tensor(p["prompt_ids"]) for p in short[:2] + short[-2:]]
+    ids, mask = real.sample(model, prompts, 2, [tokenizer.eos_token_id], 48, 0)
+    for q, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], do_sample=False, max_new_tokens=48, pad_token_id=1)[0, len(prompt):]
+        assert torch.equal(ids[q, 0][mask[q, 0]], alone) and torch.equal(ids[q, 1], ids[q, 0])
+        assert (ids[q, 0][mask[q, 0]] == tokenizer.eos_token_id).sum() == (alone[-1] == tokenizer.eos_token_id)
+
+
+# ---- Whole runs -------------------------------------------------------------------------------------------------------
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").open()]
+
+
+def test_training_raises_the_reward_and_saves_a_hugging_face_model(tmp_path):
+    config = Config(steps=24, eval_every=24, eval_limit=64, eval_samples=4, output_dir=str(tmp_path / "run"))
+    last = real.train(config)
+    log = rows(tmp_path / "run")
+    assert [r["step"] for r in log] == list(range(1, 25))
+    assert all({"step", "loss", "reward", "entropy", "response_length"} <= r.keys() for r in log)
+    assert last["pass@1"] > log[0]["pass@1_before"] + 0.1
+    assert sum(r["reward"] for r in log[-6:]) > sum(r["reward"] for r in log[:6]) + 0.6
+    assert max(r["max_weight"] for r in log) <= 1 / config.tau
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-000024").num_parameters() > 1e5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tau"] == 0.5
+
+
+@pytest.mark.parametrize("objective", ["grpo", "trpa", "gspo"])
+def test_other_objectives_train(tmp_path, objective):
+    last = real.train(replace(QUICK, objective=objective, output_dir=str(tmp_path / "run")))
+    assert math.isfinite(last["loss"]) and last["grad_norm"] > 0
+
+
+def test_same_seed_same_metrics(tmp_path):
+    logs = []
+    for name in ("a", "b", "c"):
+        real.train(replace(QUICK, seed=int(name == "c"), output_dir=str(tmp_path / name)))
+        logs.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows(tmp_path / name)])
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_low_memory_weights_learn_where_plain_bfloat16_does_not(tiny, batch):
+    """100 updates at lr 2e-6: the update of the bf16 model with fp32 masters against that of an fp32 run."""
+    import copy
+    model, updates = tiny[0], {}
+    for mode in ("fp32", "low_memory", "plain_bf16"):
+        live = copy.deepcopy(model) if mode == "fp32" else copy.deepcopy(model).bfloat16()
+        master = copy.deepcopy(model) if mode == "low_memory" else live
+        before = [p.detach().float().clone() for p in master.parameters()]
+        optimizer = torch.optim.AdamW(master.parameters(), 2e-6)
+        torch.manual_seed(0)
+        for _ in range(100):
+            for p, m in zip(live.parameters(), master.parameters()):
+                noise = torch.randn(p.shape)  # the same gradients in each mode: this is about the optimizer's rounding
+                m.grad = (noise + 0.5).to(m.dtype)
+            optimizer.step()
+            for p, m in zip(live.parameters(), master.parameters()):
+                p.data.copy_(m.data)
+        updates[mode] = torch.cat([(m.detach().float() - b).flatten() for m, b in zip(master.parameters(), before)])
+    error = {m: ((updates[m] - updates["fp32"]).norm() / updates["fp32"].norm()).item() for m in updates}
+    assert error["low_memory"] < 0.01 < 0.5 < error["plain_bf16"]
