@@ -33,15 +33,18 @@ import hashlib
 import inspect
 import json
 import math
-import operator
+import operator as op
 import os
+import random
 import re
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from math import isqrt
 from pathlib import Path
 
 import datasets
@@ -59,18 +62,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 HERE = Path(__file__).parent
 SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # follows every problem
 
-
 class UserError(ValueError):
     """Bad input, said in one line that names the flag, file or row and what to do. The command line exits with 2."""
 
-
 # ==== Configuration ==================================================================================================
-
 
 def arg(default, help):
     """A field of Config. A rule such as "(> 0)" in the help text is also enforced."""
     return field(default=default, metadata={"help": help})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -80,7 +79,7 @@ class Config:
     dataset: str = arg(str(HERE / "tiny"), "training problems: hub id, folder, or .json .jsonl .csv .parquet file")
     dataset_config: str | None = arg(None, "configuration of the data set, where the hub asks for one")
     split: str = arg("train", "split to train on (a single file has no splits)")
-    problem_column: str = arg("problem", "column of the question; nested ones as prompt[0].content")
+    problem_column: str = arg("problem", "column of the question: nested as prompt[0].content, joined as context+question")
     answer_column: str = arg("answer", "column of the answer, or of a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses (> 0), Sec. 5.1")
@@ -90,8 +89,8 @@ class Config:
     prompts: int = arg(16, "questions per step, Q (>= 1); paper: 128")
     group_size: int = arg(8, "rollouts per question, G (>= 2) (<= 1024), Sec. 5.1")
     mini_batches: int = arg(4, "updates per step, each on prompts / mini_batches whole groups (>= 1), Sec. 5.1")
-    steps: int = arg(110, "training steps (>= 1); paper: 1,400")
-    lr: float = arg(1e-4, "AdamW learning rate (> 0) (<= 1); paper: 2e-6")
+    steps: int = arg(80, "training steps (>= 1); paper: 1,400")
+    lr: float = arg(5e-5, "AdamW learning rate (> 0) (<= 1); paper: 2e-6")
     warmup: int = arg(20, "updates over which the learning rate rises (>= 0); released code: 0")
     weight_decay: float = arg(0.01, "AdamW weight decay (>= 0), Sec. 5.1")
     beta2: float = arg(0.95, "AdamW decay of the second moment (> 0) (< 1); released code: 0.999")
@@ -103,7 +102,7 @@ class Config:
     low_memory: bool = arg(False, "bfloat16 and recomputed activations on the GPU, fp32 weights and moments on the CPU")
     eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems with the same columns")
     eval_split: str = arg("test", "split to validate on")
-    eval_every: int = arg(50, "steps between validations, also one before and one after (>= 0); 0: none")
+    eval_every: int = arg(20, "steps between validations, also one before and one after (>= 0); 0: none")
     eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
     eval_limit: int = arg(256, "validation problems used (>= 1)")
     seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0)")
@@ -111,10 +110,9 @@ class Config:
     keep: int = arg(2, "checkpoints kept (>= 1)")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
     resume: bool = arg(False, "go on with the run found in output_dir")
-    overwrite: bool = arg(False, "replace the run found in output_dir")
 
     def __post_init__(self):
-        holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+        holds = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
         for f in fields(self):
             value, rules = getattr(self, f.name), re.findall(r"\(([<>]=?) (\S+)\)", f.metadata["help"])
             if rules and not (math.isfinite(value) and all(holds[sign](value, float(x)) for sign, x in rules)):
@@ -142,7 +140,6 @@ class Config:
         """Whether the loss looks at the starting model, which is then held as a second, frozen copy."""
         return self.kl_ref > 0 or "beta" in inspect.signature(OBJECTIVES[self.objective]).parameters
 
-
 PAPER = dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
     eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6, warmup=0,
@@ -153,55 +150,171 @@ PRESETS = {
     "7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000),
 }
 
-
 # ==== Labels: r(o | q) of Algorithm 1, a checker made of regular expressions ============================================
 
+# An answer is normalised, split into its structure (list, tuple, interval, matrix), and each entry evaluated
+# in exact fractions; equal forms are equal answers. A name (pi, x, apple) is a random fraction, a root its
+# first 400 digits: sqrt(12) - 2 sqrt(3) rounds to 0. What does not parse is text. The caps bound the work.
+MAX_RESPONSE, MAX_ANSWER, MAX_OPEN, MAX_BITS, DIGITS, SCALE = 100_000, 600, 50, 20_000, 300, 10**400
+UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lbs|mph|inch(?:es)?|foot|feet|people|(?:unit|yard"
+        r"|mile|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month|year|way"
+        r"|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))s?)")
+UNITS = rf"{UNIT}(?: ?(?:/|per)? ?(?:{UNIT}|[mhs]))?"  # cm, km/h, miles per hour
+TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
+SYMBOLS = {"−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
+           "±": r"\pm ", "°": "@degr", "∪": r"\cup ", r"\{": "⦃", r"\}": "⦄", "@": "?"}  # \{ as one character
 
-def is_correct(response, answer):
-    """Placeholder"""
-    after = response.rsplit("</think>", 1)
-    if "<think>" in response and len(after) < 2:
-        return False
-    box = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", after[-1])
-    if not box:
-        return False
-    got = re.sub(r"\\d?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", box[-1])
-    try:
-        return Fraction(got) == Fraction(str(answer))
-    except (ValueError, ZeroDivisionError):
-        return got == answer
+def _unit(match: re.Match) -> str:
+    """A unit becomes @name (m, s or N only inside \\text{}); \\text{} of anything else is unwrapped."""
+    is_unit = re.fullmatch(UNITS + "|[mgshLNJWVAKC](?:/[a-z]+)?", match[1].strip())
+    return "@" + re.sub("[^a-z]", "", match[1].lower()).rstrip("es") if is_unit else f" {match[1]} "
 
+REWRITES = [(re.compile(pattern.replace("§", "(?![A-Za-z])")), new) for pattern, new in [  # §: no letter here
+    (r"\\begin\{[pb]matrix\}", "[("), (r"(\\\\\s*)?\\end\{[pb]matrix\}", ")]"), (r"\\\\", "),("), ("&", ","),
+    ("|".join(map(re.escape, SYMBOLS)), lambda m: SYMBOLS[m[0]]),
+    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) + "}"),
+    (r"(?<=\d)(?:,?\\!|\\,|\{,\})\s*(?=\d{3}(?!\d))", ""),  # thousands: 10,\!080  10\,080  10{,}080
+    (r"\\\$ ?([\d,.]*\d)", r"\1@dollar"), (r"\\?[$€£]|\\[()\[\]]", " "),  # \$5, $..$, \(..\), \[..\]
+    (r"(\\([!,;:> ]|(left|right|displaystyle|q?quad)§)|~|\s)+", " "), (r"\\?%|\bpercent§", "@percent"),
+    (TEXT + r"\{([^{}]*)\}", _unit), (TEXT + r"(?=\{)", ""), (rf"(?<=[\d)}}]) ?({UNITS})§", _unit),
+    (r"\^ ?(\\circ|{ ?\\circ ?})", "@degr"), (r"\*\*", "^"), (r"\\([lg])eq§", r"\\\1e"), (r"\\approx§", "="),
+    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?=[^)\]⦄]*$)", lambda m: m[0].replace(",", "")),  # not (1,234)
+    (r"\\(times|cdot)§|(?<=\d) ?x ?(?=10 ?\^)", "*"), (r"\\[dtc]frac", r"\\frac"), (r"^ *[a-z] ?\\in§", ""),
+    (r"(?<![A-Za-z\\])(and|or)§", ","), (r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)§", r"\\\1"),
+    (r"\\sqrt ?(\d+)", r"\\sqrt{\1}"), (r"(\\frac) ?(\d)", r"\1{\2}"), (r"(\\frac ?{[^{}]*})(\d)", r"\1{\2}"),
+    (r"(?<=\d)E(?=[+-]?\d)", "e"), (r"(?<=\d) ?\\frac ?{(\d+)} ?{(\d+)}", r" \1/\2"),
+    (r"(?<![\w.}/*^])(\d+) (\d+/\d+)(?!\.?\d)", r"(\1+\2)"), (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),
+    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda m: m[0].lower()), (r"^ +|[ .,;:]+$", "")]]  # words ignore case
+NAME = r"@[a-z]*|\d+_(?:\d+|{\d+})|\\(?:pi|infty)(?![a-z])|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z])(?:_\w|_{\w+})?"
+TOKEN = re.compile(NAME + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\(?:frac|sqrt)(?![A-Za-z])|[^\s¦]")
+FREE = re.compile(r"(?<![\\A-Za-z])(?![ei](?![A-Za-z]))[A-Za-z@]|\\infty")  # a name other than pi, e, i
+REPLY_LHS = r"(?=[^=]*[A-Za-z])([_^(]{?\d+|[^\d=,;]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+="  # f(2) =, AB + AC =
+GOLD_LHS = r"(\\?[A-Za-z]+(_{?\w+}?)?( ?\([A-Za-z, ]*\))?|\([A-Za-z, ]+\)) *="  # x =, f(x) =, but not a + b =
+
+def _power(base: Fraction, k: Fraction) -> Fraction:
+    if k.denominator > 1 or (base.numerator * base.denominator).bit_length() * abs(k) > MAX_BITS:
+        raise ValueError("not a small integer power")
+    return base ** int(k)
+
+APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, _power)}
+
+def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
+    """Precedence climbing over a reversed token list; ValueError for what is not a number."""
+    token = tokens.pop()
+    if token in ("+", "-"):
+        value = _evaluate(tokens, max(level, 1)) * (1 if token == "+" else -1)
+    elif token in ("(", "{"):
+        value, _ = _evaluate(tokens), tokens.pop()  # brackets are balanced already
+    elif token == r"\frac":
+        value = _evaluate(tokens, 3) / _evaluate(tokens, 3)
+    elif token == r"\sqrt":
+        value = Fraction(isqrt(int(_evaluate(tokens, 3) * SCALE**2)), SCALE)
+    elif re.fullmatch(NAME, token):  # the same name, the same fraction
+        value = Fraction(random.Random(re.sub("[{}]", "", token)).getrandbits(200), 10**60 + 7)
+    else:
+        value = Fraction(token)
+    while tokens[-1] not in ("", ")", "}") and APPLY.get(tokens[-1], APPLY["*"])[0] > level:
+        if (re.match(r"\.?\d", tokens[-1]) or value == 0 and tokens[-1] not in APPLY
+                or (value.numerator * value.denominator).bit_length() > MAX_BITS):
+            raise ValueError("two numbers side by side are two answers, 0 maybe is not 0; or too large")
+        precedence, apply = APPLY[tokens.pop() if tokens[-1] in APPLY else "*"]
+        value = apply(value, _evaluate(tokens, precedence))
+    return value
+
+def _split(text: str, *marks: str) -> list[str]:
+    """Split outside all brackets; nothing comes back where a bracket closes that was not opened."""
+    parts, depth = [""], 0
+    for token in re.findall("|".join(map(re.escape, marks)) + "|.", text):
+        depth += (token in "([{⦃") - (token in ")]}⦄")
+        if depth < 0:
+            return []
+        parts[-1:] = [parts[-1], ""] if depth == 0 and token in marks else [parts[-1] + token]
+    return [part.strip() for part in parts if part.strip()]
+
+def _canonical(text: str) -> tuple:
+    """A hashable form of a normalised answer; equal forms are equal answers."""
+    items = [part.replace(r"\pm", sign) for part in _split(text, ",", ";")
+             for sign in ("+-" if r"\pm" in part.split("⦃")[0] else "+")]
+    for kind, parts in (("list", items), ("union", _split(text, r"\cup")), ("equal", _split(text, "="))):
+        if len(parts) > 1:
+            forms = Counter(map(_canonical, parts))  # without order; and 2 + 3 = 5 is 5
+            return (kind, frozenset(forms.items())) if kind == "list" or len(forms) > 1 else next(iter(forms))
+    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",", ";")
+    if inside and pair in ("{}", "⦃⦄"):
+        return _canonical(text[1:-1].strip())
+    if len(inside) > 1 and pair in ("()", "[]", "(]", "[)"):  # (2,251,252) is a triple
+        return pair, *map(_canonical, inside)
+    try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or to collect would be algebra
+        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text), "¦") if FREE.search(text) else items
+        return "value", *sorted(round(_evaluate(["", *TOKEN.findall(t)[::-1]]), DIGITS) for t in terms or "?")
+    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        return "text", re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+def _same(gold: str, reply: str) -> bool:
+    if gold == reply or len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN:
+        return gold.strip() == reply.strip() != ""
+    for pattern, new in REWRITES:
+        gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
+    if ("=" in gold) != ("=" in reply):  # one of them says x =
+        gold, reply = [text.replace(lhs[0], "").strip() if (lhs := re.match(pattern, text)) else text
+                       for text, pattern in ((gold, GOLD_LHS), (reply, REPLY_LHS))]
+    readings = [reply]
+    if ("@" in gold) != ("@" in reply):  # one of them has a unit
+        gold, reply = sorted((gold, reply), key=lambda text: "@" in text)
+        bare = re.sub(r"@[a-z]*( ?\^ ?(\d|{-?\d}))?", " ", reply).strip()
+        readings = [bare, reply.replace("@percent", "/100")]
+    return gold != "" and _canonical(gold) in map(_canonical, readings)
+
+def extract_answer(response: str) -> str | None:
+    r"""Content of the \boxed{} or \fbox{} that closes last, after the last </think>; None if there is none.
+
+    A <think> that is never closed gives None; without think tags the whole response is read. Where the prompt
+    ends in <think> (R1-style chat templates), pass "<think>" + completion: then a missing </think> counts.
+    >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    tail, opened, answer = response.rpartition("</think>")[2], [], None
+    tail = "" if "<think>" in tail else tail[-MAX_RESPONSE:]
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\\.|\}", tail):
+        if match[0] == "}" and opened and (start := opened.pop()):
+            answer = tail[start:match.start()]
+        elif match[0][-1] == "{" and match[0] != r"\{":
+            opened.append(match.end() if match[1] else 0)  # 0: a brace, not a box
+    return answer
+
+def is_correct(response: str, answer: str | int | float | list) -> bool:
+    r"""True if the boxed answer has the value and the structure of `answer`, or of any one in a list of them.
+
+    >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
+    (True, False)
+    """
+    reply, golds = extract_answer(response), answer if isinstance(answer, (list, tuple)) else [answer]
+    return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
 # ==== Objectives: pure functions (logp, old_logp, mask, labels, *, ref_logp, hyperparameters) -> scalar loss. ===========
 # They never see a model. To add one: write the function, name it in OBJECTIVES.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN in the gradient
 
-
 def log_ratio(logp, old_logp, mask):
     """s_t = log pi_theta(o_t | q) / pi_old(o_t | q), Eq. 4. (Q, G, T), 0 where `mask` is false."""
     return torch.where(mask, logp - old_logp, 0.0)
-
 
 def token_mean(x, mask):
     """Mean of x over the tokens of each rollout: (Q, G, T) -> (Q, G). An empty rollout gives 0."""
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
-
 def s_bar(logp, old_logp, mask):
     """The logit of a rollout: its mean log-ratio, Eq. 5. (Q, G)."""
     return token_mean(log_ratio(logp, old_logp, mask), mask)
-
 
 def softmax_ce(z_p, z_n):
     """log(1 + sum_j e^{z_n^j} sum_i e^{-z_p^i}), Eq. 2. Positive logits (..., P), negative logits (..., N) -> (...)."""
     return F.softplus(torch.logsumexp(z_n, -1) + torch.logsumexp(-z_p, -1))
 
-
 def is_mixed(labels):
     """(Q,) True where a group holds both right and wrong rollouts."""
     return labels.bool().any(-1) & ~labels.bool().all(-1)
-
 
 def real(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False, anchor=True):
     """REAL, Eq. 8: mean over questions of L_+ + L_-. Without the anchor: Eq. 2 between the two sets."""
@@ -216,11 +329,9 @@ def real(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=Fal
         loss = softmax_ce(z_p, z_n)
     return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
 
-
 def real_no_anchor(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False):
     """REAL without anchor logits, Sec. 4.2's vanilla loss: Eq. 2 between the right and the wrong rollouts."""
     return real(logp, old_logp, mask, labels, tau=tau, as_printed=as_printed, anchor=False)
-
 
 def real_bce(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False):
     """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself."""
@@ -231,7 +342,6 @@ def real_bce(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed
     mixed = is_mixed(labels)[:, None].expand_as(loss)
     return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
 
-
 def clipped(s, labels, eps_low, eps_high):
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token (Q, G, T), with rho = e^s and the advantage
     A = (r - mean) / std of each group (unbiased std), Sec. 2.1."""
@@ -240,17 +350,14 @@ def clipped(s, labels, eps_low, eps_high):
     rho = s.clamp(-20, 20).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
-
 def k3(logp, other_logp, mask):
     """Unbiased, non-negative estimate of KL(pi || pi_other) per token: e^d - d - 1, d = log pi_other - log pi."""
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
     return d.exp() - d - 1
 
-
 def kl(logp, other_logp, mask):
     """k3, mean over tokens, then over rollouts; a term that any objective can take (Sec. 5.3)."""
     return token_mean(k3(logp, other_logp, mask), mask).mean()
-
 
 def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001, drop=False):
     """GRPO, Eq. 1: clipped policy gradient, token mean per rollout, then mean over rollouts; KL if `ref_logp`."""
@@ -261,24 +368,20 @@ def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0
     loss = token_mean(loss, mask).mean()
     return loss if ref_logp is None else loss + beta * kl(logp, ref_logp, mask)
 
-
 def grpo_bidirectional(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001):
     """Fig. 2's ablation: GRPO without the tokens whose ratio leaves [1 - eps_low, 1 + eps_high]."""
     return grpo(logp, old_logp, mask, labels, ref_logp=ref_logp, eps_low=eps_low, eps_high=eps_high, beta=beta, drop=True)
-
 
 def dapo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.28):
     """DAPO: clip-higher, and one mean over all tokens of the mini-batch. No dynamic sampling."""
     loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
     return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
-
 def gspo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=3e-4, eps_high=4e-4):
     """GSPO: the ratio of a whole rollout, e^s_bar, clipped; its gradient spread over tokens."""
     s = s_bar(logp, old_logp, mask).detach()[..., None] + (logp - logp.detach())  # value s_bar, gradient of log pi_t
     loss = clipped(s.clamp(max=10), labels, eps_low, eps_high)
     return token_mean(loss, mask).mean()
-
 
 def trpa(logp, old_logp, mask, labels, *, ref_logp=None, beta=0.1):
     """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, relative to the reference; small KL to old."""
@@ -289,9 +392,7 @@ def trpa(logp, old_logp, mask, labels, *, ref_logp=None, beta=0.1):
     kl_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum() / mask.sum().clamp(min=1)
     return loss.mean() + 0.001 * kl_old
 
-
 OBJECTIVES = {f.__name__: f for f in (real, real_bce, real_no_anchor, grpo, grpo_bidirectional, dapo, gspo, trpa)}
-
 
 def credit(logp, batch, config):
     """The loss and its derivative by every log-probability: how hard each token of each rollout is pushed.
@@ -310,9 +411,7 @@ def credit(logp, batch, config):
             loss = loss + config.kl_old * kl(logp, old_logp, mask)
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
-
 # ==== Log-probabilities ==============================================================================================
-
 
 def micro_batches(lengths, budget):
     """Indices of `lengths` in lists of similar length, each within `budget` tokens once padded (or a single row)."""
@@ -325,13 +424,11 @@ def micro_batches(lengths, budget):
     if rows:
         yield rows
 
-
 def head_logprobs(hidden, targets, head, temperature):
     """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and the entropy (n,) if no graph is kept."""
     logp = (head(hidden).float() / temperature).log_softmax(-1)  # (n, vocabulary)
     entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
-
 
 def token_logprobs(model, batch, rows, config):
     """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
@@ -354,7 +451,6 @@ def token_logprobs(model, batch, rows, config):
     zeros = torch.zeros(mask.shape, device=ids.device)
     return [zeros.masked_scatter(mask, torch.cat(c)) if c[0] is not None else None for c in zip(*chunks)]
 
-
 @torch.no_grad()
 def all_logprobs(model, batch, config):
     """log pi_theta and entropy of every rollout of a batch, (Q, G, T) each, without a graph."""
@@ -364,9 +460,7 @@ def all_logprobs(model, batch, config):
         logp[rows], entropy[rows] = token_logprobs(model, batch, rows, config)
     return logp.view(shape), entropy.view(shape)
 
-
 # ==== Rollouts =======================================================================================================
-
 
 @torch.no_grad()
 def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0):
@@ -407,7 +501,6 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
                        past_key_values=cache, use_cache=True).logits[:, -1]
     return [x[:, : t + 1].view(len(prompts), group_size, -1) for x in (tokens, mask)]
 
-
 def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature, top_p=1.0):
     """A group of rollouts of each problem and their labels, as a batch: a dict whose values all have length Q.
 
@@ -430,9 +523,9 @@ def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)] for group in zip(ids, mask)]
     labels = [[is_correct(p["opening"] + text, p["answer"]) for text in group] for p, group in zip(problems, texts)]
     lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts], device=mask.device)
+    ended = (mask & torch.isin(ids, torch.tensor(sorted(ends), device=mask.device))).any(-1)  # the others were cut off
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
-            "texts": texts, "labels": torch.tensor(labels, device=mask.device)}
-
+            "texts": texts, "ended": ended, "labels": torch.tensor(labels, device=mask.device)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1: the share of right answers among `eval_samples` rollouts of each problem."""
@@ -441,9 +534,7 @@ def validate(model, tokenizer, problems, config):
                        config.temperature)["labels"] for i in range(0, len(problems), 64)]
     return torch.cat(labels).float().mean().item()
 
-
 # ==== Update and training ============================================================================================
-
 
 def update(model, master, optimizer, batch, config, logp=None):
     """One optimizer step on a mini-batch (lines 9 and 10), exact for every objective at any micro-batch size.
@@ -472,7 +563,6 @@ def update(model, master, optimizer, batch, config, logp=None):
     master.zero_grad()
     return {"loss": loss, "grad_norm": norm, "s_bar": s_bar(logp, batch["old_logp"], batch["mask"]),
             "weight": weight.sum(-1).abs() * len(weight)}  # times Q, as the loss is a mean over questions
-
 
 def train(config):
     """Algorithm 1. Returns the last row of the log. Raises UserError, or SystemExit after Ctrl-C or SIGTERM."""
@@ -528,14 +618,11 @@ def train(config):
             run.save(step, master, tokenizer, optimizer)
     return run.finish()
 
-
 # ==== Model and data =================================================================================================
-
 
 def first_line(error):
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
 
 def load_model(name):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder. Raises UserError."""
@@ -547,7 +634,6 @@ def load_model(name):
     if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
         raise UserError(f"the tokenizer of {name} does not give back 'a b'; update transformers (>= 5.8)")
     return model, tokenizer
-
 
 def load_rows(path, name, split):
     """Rows of a .json .jsonl .csv .parquet file, of a folder, or of a hub data set. Raises UserError."""
@@ -565,7 +651,6 @@ def load_rows(path, name, split):
                 raise UserError(f"{path}, line {number}: {first_line(bad)}; mend or remove that line") from e
         raise UserError(f"cannot load data {path}: {first_line(e.__cause__ or e)}") from e
 
-
 def read_column(row, column):
     """row["prompt"][0]["content"] for the column prompt[0].content; None where there is no such place."""
     for key in re.findall(r"[^.\[\]]+", column):
@@ -575,7 +660,6 @@ def read_column(row, column):
             row = row.get(key) if isinstance(row, dict) else None
     return row
 
-
 def load_problems(tokenizer, config, path, split):
     """Problems as dicts: problem, answer, prompt_ids, opening (the "<think>" that the chat template already wrote).
 
@@ -583,11 +667,13 @@ def load_problems(tokenizer, config, path, split):
     """
     rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
     for flag in ("problem_column", "answer_column"):
-        if re.split(r"[.\[]", getattr(config, flag))[0] not in rows.column_names:
-            raise UserError(f"{path} has no column {getattr(config, flag)} but {', '.join(rows.column_names)}; set --{flag}")
+        for column in getattr(config, flag).split("+"):
+            if re.split(r"[.\[]", column)[0] not in rows.column_names:
+                raise UserError(f"{path} has no column {column} but {', '.join(rows.column_names)}; set --{flag}")
     problems = []
     for row in rows:
-        problem, answer = read_column(row, config.problem_column), read_column(row, config.answer_column)
+        problem = "\n".join(str(v) for c in config.problem_column.split("+") if (v := read_column(row, c)) is not None)
+        answer = read_column(row, config.answer_column)
         text = str(problem) + SUFFIX
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
@@ -604,7 +690,6 @@ def load_problems(tokenizer, config, path, split):
         raise UserError(f"{path}: no usable row in {len(rows)}")
     return problems
 
-
 def draw(problems, step, config):
     """The questions of a step (line 4). Each pass over the data is a new permutation that the seed alone decides."""
     n, chosen = len(problems), []
@@ -615,37 +700,30 @@ def draw(problems, step, config):
         chosen.append(problems[order[i % n]])
     return chosen
 
-
 # ==== The run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/ =====================================
-
 
 class Run:
     """A folder that one process at a time writes, and in which a checkpoint is whole or absent."""
 
-    FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume overwrite".split()  # may change
+    FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume".split()  # may change on resume
 
     def __init__(self, config):
         self.config, self.path, self.stopped, self.bad, self.began = config, config.run, 0, 0, time.time()
         file, new = self.path / "config.json", asdict(config)
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
-        if file.exists() and not config.resume and not config.overwrite:
-            raise UserError(f"{self.path} already holds a run: --resume goes on with it, --overwrite replaces it")
+        if file.exists() and not config.resume:
+            raise UserError(f"{self.path} holds a run already: --resume goes on with it, or move it out of the way")
+        old = json.loads(file.read_text()) if config.resume else new
+        changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v and k not in self.FREE]
+        if changed:
+            raise UserError(f"{self.path} was started with {', '.join(changed)}; only {', '.join(self.FREE)} may change")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
             self.lock.acquire(timeout=0)
         except Timeout as e:
             raise UserError(f"{self.path} is in use by another run; choose another --output_dir") from e
-        if config.resume:
-            old = json.loads(file.read_text())
-            changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if k not in self.FREE and old.get(k) != v]
-            if changed:
-                raise UserError(f"{self.path} was started with {', '.join(changed)}; on resume only "
-                                f"{', '.join(self.FREE)} may change")
-        else:
-            for old in self.path.glob("[!.]*"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.write("config.json", json.dumps(new, indent=2))
 
     def write(self, name, text):
@@ -656,20 +734,37 @@ class Run:
     def restore(self):
         """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
         step, folder = 0, None
-        for path in sorted(self.path.glob("checkpoint-*"), reverse=True):
+        for path in sorted(self.path.glob("checkpoint-*")):
             try:
                 state = json.loads((path / "trainer.json").read_text())
                 for name, digest in state["sha256"].items():
-                    if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+                    if sha256(path / name) != digest:
                         raise ValueError(f"{name} is damaged")
                 step, folder = state["step"], path
-                break
             except (OSError, ValueError, KeyError) as e:
-                print(f"{path}: {first_line(e)}; going back to the checkpoint before it")
+                print(f"{path}: {first_line(e)}; this checkpoint is passed over")
         for file in self.path.glob("*.jsonl"):
             lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n") and json.loads(x)["step"] <= step]
             self.write(file.name, "".join(lines))
         return step, folder
+
+    def save(self, step, model, tokenizer, optimizer):
+        """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced to disk, then renamed."""
+        part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            torch.save(optimizer.state_dict(), part / "optimizer.pt")
+            state = {"step": step, "sha256": {f.name: sha256(f) for f in part.iterdir()}}
+            (part / "trainer.json").write_text(json.dumps(state))
+            getattr(os, "sync", int)()
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() passed over
+            part.rename(final)
+        except (OSError, RuntimeError, SafetensorError) as e:
+            raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
+        for old in sorted(self.path.glob("checkpoint-*"))[: -self.config.keep]:
+            shutil.rmtree(old)
 
     def steps(self, start):
         """Count steps under a progress bar; after Ctrl-C or SIGTERM, leave when the current one is done and saved."""
@@ -691,64 +786,45 @@ class Run:
                 signal.signal(n, handler)
 
     def check(self, step, result, batch):
-        """Count updates in a row that were skipped because their loss or gradient was not finite; the third ends the run."""
+        """Count updates in a row that were skipped because loss or gradient was not finite; the third ends the run."""
         self.bad = 0 if (result["loss"] + result["grad_norm"]).isfinite() else self.bad + 1
         if self.bad:
-            torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-step-{step}.pt")
-            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}; update skipped, its "
-                       f"batch kept in {self.path}. First question: {batch['problems'][0]['problem'][:60]}")
+            torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-{step}.pt")
+            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: update skipped, its "
+                       f"batch is in not-finite-{step}.pt, first question {batch['problems'][0]['problem'][:60]!r}")
         if self.bad == 3:
-            raise UserError(f"3 updates in a row were not finite by step {step}; go on from the last checkpoint with a "
-                            "lower --lr")
+            raise UserError(f"three updates in a row were not finite by step {step}; --resume with a lower --lr")
 
     def log(self, step, metrics, problem, texts, labels):
-        """Append a step to metrics.jsonl and its first group to samples.jsonl, and show them."""
-        row = {"step": step} | {k: float(v) if math.isfinite(v) else None for k, v in metrics.items()}
+        """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step, and a sample at times."""
+        row = {k: float(v) for k, v in metrics.items()}
         sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "texts": texts, "labels": labels}
-        for name, line in (("metrics.jsonl", row), ("samples.jsonl", sample)):
+        finite = {"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()}
+        for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as f:
                 f.write(json.dumps(line) + "\n")
         if step % 20 == 1:
             tqdm.write(f"\n{sample['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
-                       " step  reward  solved  entropy  length   s_bar+   s_bar-  max|W|  seconds  Pass@1")
-        columns = {"step": 5, "reward": 7.3, "solved": 7.3, "entropy": 8.3, "response_length": 7.1, "s_positive": 8.4,
-                   "s_negative": 8.4, "max_weight": 7.3, "seconds": 8.1, "pass@1": 7.3}
-        tqdm.write(" ".join(f"{math.nan if row[k] is None else row[k]:{w}{'f' if k != 'step' else ''}}"
-                            for k, w in columns.items() if k in row))
-
-    def save(self, step, model, tokenizer, optimizer):
-        """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced, then renamed."""
-        part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            torch.save(optimizer.state_dict(), part / "optimizer.pt")
-            digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in part.iterdir()}
-            (part / "trainer.json").write_text(json.dumps({"step": step, "sha256": digests}))
-            for file in [*part.iterdir(), part]:
-                handle = os.open(file, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() passed over
-            part.rename(final)
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
-        for old in sorted(self.path.glob("checkpoint-*"))[: -self.config.keep]:
-            shutil.rmtree(old)
+                       " step  reward  solved  entropy  length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
+        tqdm.write(("{:5} {reward:7.3f} {solved:7.3f} {entropy:8.3f} {response_length:7.1f} {s_positive:+9.4f} "
+                    "{s_negative:+9.4f} {max_weight:7.3f} {seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)
+                    ).format(step, **row))
 
     def finish(self):
-        """Say what the run did, draw it if matplotlib is there, and name the next command."""
+        """Say what the run did and name the next command; returns the last row of the log."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         self.lock.release()
         if "pass@1" in rows[-1]:
-            print(f"Pass@1 {rows[0]['pass@1_before']:.3f} -> {rows[-1]['pass@1']:.3f} in {time.time() - self.began:.0f} s")
-        print(f"{self.path}\nNext: python eval.py --model {sorted(self.path.glob('checkpoint-*'))[-1]}")
+            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {time.time() - self.began:.0f} s")
+        checkpoint = sorted(self.path.glob("checkpoint-*"))[-1]
+        print(f"Logs and checkpoints are in {self.path}. Next: python eval.py --model {self.config.model} {checkpoint}")
         return rows[-1]
 
+def sha256(path):
+    """Hex digest of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # ==== Command line ===================================================================================================
-
 
 def parse(argv=None):
     """The configuration that a command line asks for: flags over a settings file over a preset."""
@@ -770,7 +846,6 @@ def parse(argv=None):
     parser.set_defaults(**settings)
     return read()
 
-
 def main(argv=None):
     """Train as the command line says; bad input ends in one line and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
@@ -780,7 +855,6 @@ def main(argv=None):
     except UserError as e:
         print(f"real.py: error: {e}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

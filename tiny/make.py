@@ -11,15 +11,18 @@ what the student computes wrongly when it *is* careful remains as real, honest e
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -99,23 +102,58 @@ def make_tokenizer(texts):
     return tokenizer
 
 
+def pairs(rng, seen):
+    """Endless (prompt text, teacher's solution) on problems that are in neither the training nor the test file."""
+    while True:
+        kind, numbers, problem, _ = draw_problem(rng)
+        if problem not in seen:
+            yield problem + SUFFIX, solution(kind, numbers, rng)
+
+
+def distil(model, tokenizer, source, steps, lr, batch=64, seconds=math.inf):
+    """Minimise the cross-entropy of solutions given prompts: Muon for matrices, AdamW for the rest, cosine to 1%."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)]
+    warmup, began = min(100, max(1, steps // 10)), time.time()
+
+    def share(step):
+        return min((step + 1) / warmup, 0.01 + 0.99 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, share) for o in optimizers]
+    bar = tqdm(range(steps), desc="distil")
+    for _ in bar:
+        examples = []
+        for problem, answer in itertools.islice(source, batch):
+            chat = [{"role": "user", "content": problem}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            examples.append([tokenizer(x, add_special_tokens=False).input_ids for x in (prompt, answer + EOS)])
+        ids = pad_sequence([torch.tensor(p + t) for p, t in examples], batch_first=True)
+        labels = pad_sequence([torch.tensor([-100] * len(p) + t) for p, t in examples], True, -100)
+        logits = model(ids, use_cache=False).logits[:, :-1]  # right padding needs no mask under causal attention
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for step in (o.step for o in optimizers + schedules):
+            step()
+        model.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if time.time() - began > seconds:
+            break
+
+
 def main():
-    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    args.add_argument("--steps", type=int, default=2400)
-    args.add_argument("--batch", type=int, default=64)
-    args.add_argument("--lr", type=float, default=2e-3)
-    args = args.parse_args()
-    out = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--steps", type=int, default=2400)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    rng = random.Random(0)
-
-    # Problems: three sets that share no problem text, so the test is unseen in distillation and training.
-    splits, seen = {"test": 256, "train": 4096}, set()
-    for name, size in splits.items():
-        with (out / f"{name}.jsonl").open("w") as f:
+    rng, seen = random.Random(0), set()
+    for name, size in {"test": 256, "train": 4096}.items():
+        with (args.output_dir / f"{name}.jsonl").open("w") as f:
             rows = 0
             while rows < size:
                 kind, _, problem, answer = draw_problem(rng)
@@ -123,51 +161,16 @@ def main():
                     seen.add(problem)
                     f.write(json.dumps({"problem": problem, "answer": str(answer), "kind": kind}) + "\n")
                     rows += 1
-
-    def distillation_pair():
-        while True:
-            kind, numbers, problem, _ = draw_problem(rng)
-            if problem not in seen:
-                return problem + SUFFIX, solution(kind, numbers, rng)
-
-    tokenizer = make_tokenizer(["".join(distillation_pair()) for _ in range(5000)])
-    tokenizer.save_pretrained(out)
-
-    config = Qwen2Config(vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-                         tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-    model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    warmup = min(100, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(
-        (s + 1) / warmup, 0.01 + 0.99 * (1 + math.cos(math.pi * min(s / args.steps, 1))) / 2))
-
-    def render(problem):
-        return tokenizer.apply_chat_template([{"role": "user", "content": problem}], add_generation_prompt=True,
-                                             tokenize=False)
-
-    bar = tqdm(range(args.steps), desc="distil")
-    for _ in bar:
-        pairs = [distillation_pair() for _ in range(args.batch)]
-        prompts = [tokenizer(render(p), add_special_tokens=False).input_ids for p, _ in pairs]
-        targets = [tokenizer(s, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, s in pairs]
-        width = max(len(p) + len(t) for p, t in zip(prompts, targets))
-        ids = torch.full((args.batch, width), tokenizer.eos_token_id)
-        labels = torch.full((args.batch, width), -100)
-        for i, (p, t) in enumerate(zip(prompts, targets)):
-            ids[i, : len(p) + len(t)] = torch.tensor(p + t)
-            labels[i, len(p) : len(p) + len(t)] = torch.tensor(t)
-        logits = model(ids, use_cache=False).logits[:, :-1]  # right padding needs no mask under causal attention
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", tokens=int((labels >= 0).sum()))
-    model.save_pretrained(out)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {out}")
+    source = pairs(rng, seen)
+    tokenizer = make_tokenizer("".join(pair) for pair in itertools.islice(source, 5000))
+    tokenizer.save_pretrained(args.output_dir)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id))
+    distil(model, tokenizer, source, args.steps, lr=2e-3)
+    model.save_pretrained(args.output_dir)
+    print(f"{model.num_parameters():,} parameters in {args.output_dir}")
 
 
 if __name__ == "__main__":
