@@ -73,13 +73,13 @@ def arg(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; the command line is made from it. Defaults train the embedded model, PRESETS the others."""
+    """All settings of a run; the command line is made from it. Defaults train the embedded model."""
 
     model: str = arg(str(HERE / "tiny"), "Hugging Face model id or folder")
     dataset: str = arg(str(HERE / "tiny"), "training problems: hub id, folder, or .json .jsonl .csv .parquet file")
     dataset_config: str | None = arg(None, "configuration of the data set, where the hub asks for one")
     split: str = arg("train", "split to train on (a single file has no splits)")
-    problem_column: str = arg("problem", "column of the question: nested as prompt[0].content, joined as context+question")
+    problem_column: str = arg("problem", "column of the question, also prompt[0].content or context+question")
     answer_column: str = arg("answer", "column of the answer, or of a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses (> 0), Sec. 5.1")
@@ -119,8 +119,8 @@ class Config:
                 rule = " and ".join(map(" ".join, rules))
                 raise UserError(f"--{f.name} must be finite and {rule}, for example {f.default}; it is {value}")
         if self.prompts % self.mini_batches:
-            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (a mini-batch "
-                            f"holds whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
+            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (they "
+                            f"hold whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective {self.objective} is unknown; choose one of {', '.join(OBJECTIVES)}")
 
@@ -142,15 +142,15 @@ class Config:
 
 PAPER = dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
-    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6, warmup=0,
-    beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True)
+    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6,
+    warmup=0, beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True)
 PRESETS = {
     "tiny": {},
     "1.5b": PAPER,
     "7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000),
 }
 
-# ==== Labels: r(o | q) of Algorithm 1, a checker made of regular expressions ============================================
+# ==== Labels: r(o | q) of Algorithm 1, a checker made of regular expressions ========================================
 
 # An answer is normalised, split into its structure (list, tuple, interval, matrix), and each entry evaluated
 # in exact fractions; equal forms are equal answers. A name (pi, x, apple) is a random fraction, a root its
@@ -291,8 +291,9 @@ def is_correct(response: str, answer: str | int | float | list) -> bool:
     reply, golds = extract_answer(response), answer if isinstance(answer, (list, tuple)) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
-# ==== Objectives: pure functions (logp, old_logp, mask, labels, *, ref_logp, hyperparameters) -> scalar loss. ===========
-# They never see a model. To add one: write the function, name it in OBJECTIVES.
+# ==== Objectives ======================================================================================================
+# Pure functions (logp, old_logp, mask, labels, *, ref_logp=None, hyperparameters) -> scalar loss; they never see a
+# model. To add one: write the function, name it in OBJECTIVES.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN in the gradient
 
@@ -317,7 +318,7 @@ def is_mixed(labels):
     return labels.bool().any(-1) & ~labels.bool().all(-1)
 
 def real(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False, anchor=True):
-    """REAL, Eq. 8: mean over questions of L_+ + L_-. Without the anchor: Eq. 2 between the two sets."""
+    """REAL: the mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7), which is Eq. 8. No anchor: Eq. 2 of both sets."""
     positive = labels.bool()
     z = s_bar(logp, old_logp, mask) / tau
     z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
@@ -370,7 +371,8 @@ def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0
 
 def grpo_bidirectional(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001):
     """Fig. 2's ablation: GRPO without the tokens whose ratio leaves [1 - eps_low, 1 + eps_high]."""
-    return grpo(logp, old_logp, mask, labels, ref_logp=ref_logp, eps_low=eps_low, eps_high=eps_high, beta=beta, drop=True)
+    return grpo(logp, old_logp, mask, labels, ref_logp=ref_logp, eps_low=eps_low, eps_high=eps_high, beta=beta,
+                drop=True)
 
 def dapo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.28):
     """DAPO: clip-higher, and one mean over all tokens of the mini-batch. No dynamic sampling."""
@@ -384,7 +386,7 @@ def gspo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=3e-4, eps_high=
     return token_mean(loss, mask).mean()
 
 def trpa(logp, old_logp, mask, labels, *, ref_logp=None, beta=0.1):
-    """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, relative to the reference; small KL to old."""
+    """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, against the reference; small KL to old."""
     h = token_mean(log_ratio(logp, ref_logp, mask), mask)  # (Q, G)
     pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): row right, column wrong
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
@@ -397,8 +399,8 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, real_no_anchor, grpo, grpo
 def credit(logp, batch, config):
     """The loss and its derivative by every log-probability: how hard each token of each rollout is pushed.
 
-    Returns the scalar loss and dL/dlogp (Q, G, T), a minus sign meaning "make it likelier". For REAL it is Eq. 9
-    over |o| and the number of questions, for GRPO Eq. 3: the whole difference between methods is in this tensor.
+    Returns the scalar loss and dL/dlogp (Q, G, T), a minus sign meaning "make it likelier". Its size is Eq. 9 (with
+    Eq. 10) over |o| and Q for REAL, Eq. 3 for GRPO: the whole difference between methods is in this tensor.
     """
     logp = logp.detach().requires_grad_()
     old_logp, mask, ref_logp = batch["old_logp"], batch["mask"], batch.get("ref_logp")
@@ -425,7 +427,7 @@ def micro_batches(lengths, budget):
         yield rows
 
 def head_logprobs(hidden, targets, head, temperature):
-    """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and the entropy (n,) if no graph is kept."""
+    """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and entropy (n,) if no graph is kept."""
     logp = (head(hidden).float() / temperature).log_softmax(-1)  # (n, vocabulary)
     entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
@@ -479,7 +481,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
         raise UserError("the model's logits are not finite, its weights are ruined; start again with a lower --lr")
     cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)
-    attend, position, logits = (x.repeat_interleave(group_size, 0) for x in (attend, position[:, -1:], out.logits[:, -1]))
+    attend, position, logits = (x.repeat_interleave(group_size, 0)
+                                for x in (attend, position[:, -1:], out.logits[:, -1]))
     tokens = torch.zeros((len(rows), max_new_tokens), dtype=torch.long, device=device)
     mask = torch.zeros((len(rows), max_new_tokens), dtype=torch.bool, device=device)
     running, ends = torch.ones(len(rows), dtype=torch.bool, device=device), torch.tensor(ends, device=device)
@@ -584,7 +587,7 @@ def train(config):
             p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
     model.train()
     print(f"{config.objective} on {config.model}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
-          f"problems; a step is {config.prompts} questions x {config.group_size} rollouts, {config.mini_batches} updates")
+          f"problems; {config.prompts} questions x {config.group_size} rollouts and {config.mini_batches} updates a step")
     first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
     for step in run.steps(done + 1):  # line 3
         began = time.time()
@@ -717,7 +720,7 @@ class Run:
         old = json.loads(file.read_text()) if config.resume else new
         changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v and k not in self.FREE]
         if changed:
-            raise UserError(f"{self.path} was started with {', '.join(changed)}; only {', '.join(self.FREE)} may change")
+            raise UserError(f"{self.path} has {', '.join(changed)}; only {', '.join(self.FREE)} may change")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
@@ -744,8 +747,8 @@ class Run:
             except (OSError, ValueError, KeyError) as e:
                 print(f"{path}: {first_line(e)}; this checkpoint is passed over")
         for file in self.path.glob("*.jsonl"):
-            lines = [x for x in file.read_text().splitlines(True) if x.endswith("}\n") and json.loads(x)["step"] <= step]
-            self.write(file.name, "".join(lines))
+            whole = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]
+            self.write(file.name, "".join(x for x in whole if json.loads(x)["step"] <= step))
         return step, folder
 
     def save(self, step, model, tokenizer, optimizer):
@@ -790,7 +793,7 @@ class Run:
         self.bad = 0 if (result["loss"] + result["grad_norm"]).isfinite() else self.bad + 1
         if self.bad:
             torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-{step}.pt")
-            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: update skipped, its "
+            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: skipped; its "
                        f"batch is in not-finite-{step}.pt, first question {batch['problems'][0]['problem'][:60]!r}")
         if self.bad == 3:
             raise UserError(f"three updates in a row were not finite by step {step}; --resume with a lower --lr")
@@ -798,7 +801,7 @@ class Run:
     def log(self, step, metrics, problem, texts, labels):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step, and a sample at times."""
         row = {k: float(v) for k, v in metrics.items()}
-        sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "texts": texts, "labels": labels}
+        sample = {"step": step, **{k: problem[k] for k in ("problem", "answer")}, "texts": texts, "labels": labels}
         finite = {"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()}
         for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as f:
@@ -815,7 +818,8 @@ class Run:
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         self.lock.release()
         if "pass@1" in rows[-1]:
-            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {time.time() - self.began:.0f} s")
+            seconds = time.time() - self.began
+            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
         checkpoint = sorted(self.path.glob("checkpoint-*"))[-1]
         print(f"Logs and checkpoints are in {self.path}. Next: python eval.py --model {self.config.model} {checkpoint}")
         return rows[-1]
@@ -836,9 +840,9 @@ def parse(argv=None):
     parser.add_argument("--config", help="a JSON or YAML file of settings; with --resume, the run's own")
     first = parser.parse_args(argv)
     parser.set_defaults(**PRESETS[first.preset])
-    file = first.config or (read().run / "config.json" if first.resume else None)
+    file = Path(first.config or read().run / "config.json")
     try:
-        settings = yaml.safe_load(Path(file).read_text()) if file else {}
+        settings = yaml.safe_load(file.read_text()) if first.config or first.resume and file.exists() else {}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {file}: {first_line(e)}") from e
     if unknown := set(settings) - {f.name for f in fields(Config)}:

@@ -133,7 +133,6 @@ def test_bad_data(case, tmp_path, capsys):
 def test_a_data_set_smaller_than_a_batch_is_refused(tmp_path):
     (tmp_path / "data.jsonl").write_text(GOOD * 3)
     with pytest.raises(UserError, match="3 usable problems, too few for --prompts 4"):
-        real.main_config = None
         real.train(Config(dataset=str(tmp_path / "data.jsonl"), prompts=4, mini_batches=2, eval_every=0,
                           output_dir=str(tmp_path / "run")))
 
