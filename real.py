@@ -814,14 +814,27 @@ class Run:
                     ).format(step, **row))
 
     def finish(self):
-        """Say what the run did and name the next command; returns the last row of the log."""
+        """Draw the log, say what the run did and what to try next; returns the last row of the log."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+        try:
+            from matplotlib.figure import Figure
+            figure = Figure(figsize=(13, 3), layout="constrained")
+            panels = {"share of rollouts": "reward pass@1", "entropy (nats per token)": "entropy",
+                      "response length (tokens)": "response_length", "mean score": "s_positive s_negative"}
+            for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+                for key, style in zip(keys.split(), ("-", "o--")):
+                    axis.plot(*zip(*[(r["step"], r[key]) for r in rows if r.get(key) is not None]), style, label=key)
+                axis.set(title=title, xlabel="step")
+                axis.legend()
+            figure.savefig(self.path / "metrics.png")
+        except ImportError:
+            print("No picture of the log: pip install matplotlib")
         self.lock.release()
         if "pass@1" in rows[-1]:
             seconds = time.time() - self.began
             print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
-        checkpoint = sorted(self.path.glob("checkpoint-*"))[-1]
-        print(f"Logs and checkpoints are in {self.path}. Next: python eval.py --model {self.config.model} {checkpoint}")
+        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: python eval.py --model {self.config.model} "
+              f"{sorted(self.path.glob('checkpoint-*'))[-1]}")
         return rows[-1]
 
 def sha256(path):

@@ -280,3 +280,28 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
     if saved:
         before, after = (real.load_model(str(p))[0] for p in (Config().model, saved[-1]))
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+@pytest.mark.slow
+def test_soak(tmp_path):
+    """2,000 steps: resident memory within 5% from step 200 on, no file handle leak, every log line valid JSON."""
+    import psutil
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "real.py"), *QUICK, "--steps", "2000", "--save_every", "100", "--output_dir",
+         str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    watched, seen = psutil.Process(process.pid), {}
+    while process.poll() is None:
+        time.sleep(1)
+        step = len((folder / "metrics.jsonl").read_text().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+        try:
+            seen[step] = watched.memory_info().rss / 2**20, watched.num_fds()
+        except psutil.Error:
+            break
+    assert process.wait() == 0
+    later = {k: v for k, v in seen.items() if k >= 200}
+    first = sorted(later)[0]
+    print({k: (round(v[0]), v[1]) for k, v in sorted(later.items())[:: max(1, len(later) // 20)]})
+    assert max(v[0] for v in later.values()) < 1.05 * later[first][0]
+    assert max(v[1] for v in later.values()) <= later[first][1] + 2
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == list(range(1, 2001))
