@@ -639,14 +639,16 @@ def load_model(name):
     return model, tokenizer
 
 def load_rows(path, name, split):
-    """Rows of a .json .jsonl .csv .parquet file, of a folder, or of a hub data set. Raises UserError."""
+    """Column names and rows of a .json .jsonl .csv .parquet file, a folder, or a hub data set. Raises UserError."""
+    kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
     try:
-        if not os.path.isfile(path):
-            return datasets.load_dataset(str(path), name, split=split)
-        kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
+        if kind in ("json", "csv", "parquet"):
+            data = datasets.load_dataset(kind, data_files=str(path), split="train")
+        else:
+            data = datasets.load_dataset(str(path), name, split=split)
+        return data.column_names, list(data)
     except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        lines = open(path, "rb") if str(path).endswith(".jsonl") and os.path.isfile(path) else []
+        lines = open(path, "rb") if str(path).endswith("jsonl") and os.path.isfile(path) else []
         for number, line in enumerate(lines, 1):
             try:
                 json.loads(line)
@@ -668,11 +670,11 @@ def load_problems(tokenizer, config, path, split):
 
     Rows without a problem or an answer, and prompts over `max_prompt_tokens`, are skipped with a count.
     """
-    rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    names, rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
-            if re.split(r"[.\[]", column)[0] not in rows.column_names:
-                raise UserError(f"{path} has no column {column} but {', '.join(rows.column_names)}; set --{flag}")
+            if re.split(r"[.\[]", column)[0] not in names:
+                raise UserError(f"{path} has no column {column} but {', '.join(names)}; set --{flag}")
     problems = []
     for row in rows:
         problem = "\n".join(str(v) for c in config.problem_column.split("+") if (v := read_column(row, c)) is not None)

@@ -1,6 +1,10 @@
-"""Long tests run with --slow."""
+"""Tests never look for a hub; long tests run with --slow."""
+
+import os
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 
 def pytest_addoption(parser):

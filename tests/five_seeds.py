@@ -97,7 +97,7 @@ def figure():
     axis.set(xlabel=f"training step (80 steps: {seconds:.0f} s on 2 CPU cores)", ylim=(0, 1),
              ylabel="Pass@1 on 256 held-out problems")
     axis.grid(alpha=0.3)
-    axis.legend(loc="center right", fontsize=9)
+    axis.legend(loc="lower right", fontsize=9)
     fig.savefig(HERE / "logs" / "five_seeds.png", dpi=130)
 
 

@@ -1,4 +1,5 @@
 """The answer checker: what it accepts, what it refuses, and that no input hurts it."""
+
 import time
 
 import pytest
@@ -15,22 +16,61 @@ def graded(reply: str, gold) -> bool:
 # both directions where both are values.
 SAME = [
     # ours: one number in many spellings
-    ["5", "$5$", r"\text{5}", "5.", " 5 ", "05", "5.0", "+5",
-        "10/2", r"\frac{10}{2}", r"\boxed{5}", r"\mathbf{5}", "{5}"],
+    [
+        "5",
+        "$5$",
+        r"\text{5}",
+        "5.",
+        " 5 ",
+        "05",
+        "5.0",
+        "+5",
+        "10/2",
+        r"\frac{10}{2}",
+        r"\boxed{5}",
+        r"\mathbf{5}",
+        "{5}",
+    ],
     ["-5", "−5", "- 5", "-5.00", r"-\frac{10}{2}", r"\frac{-10}{2}", r"\frac{10}{-2}"],
     ["10080", "10,080", "10{,}080", r"10\,080", r"10,\!080", "10080.0"],
     ["11111111100", r"11,\! 111,\! 111,\! 100", "11,111,111,100"],
-    [r"\frac12", "1/2", "0.5", ".5", r"\dfrac{1}{2}", r"\tfrac12",
-        r"\frac 1 2", r"\frac{1}2", r"\displaystyle\frac{1}{2}"],
+    [
+        r"\frac12",
+        "1/2",
+        "0.5",
+        ".5",
+        r"\dfrac{1}{2}",
+        r"\tfrac12",
+        r"\frac 1 2",
+        r"\frac{1}2",
+        r"\displaystyle\frac{1}{2}",
+    ],
     [r"2\frac{1}{2}", "5/2", "2.5", "2 1/2", r"2 \frac12", r"2\tfrac12"],
     [r"-2\frac{1}{2}", "-5/2", "-2 1/2"],
-    ["4.5e33", "4.5E33", "4.5e+33", r"4.5 \times 10^{33}", r"4.5\cdot10^{33}", "4.5×10^33", "4.5 × 10³³",
-         "4.5 * 10**33",
-     "4.5 x 10^33", r"45\times10^{32}"],
+    [
+        "4.5e33",
+        "4.5E33",
+        "4.5e+33",
+        r"4.5 \times 10^{33}",
+        r"4.5\cdot10^{33}",
+        "4.5×10^33",
+        "4.5 × 10³³",
+        "4.5 * 10**33",
+        "4.5 x 10^33",
+        r"45\times10^{32}",
+    ],
     ["6.67e-11", r"6.67\times 10^{-11}", "6.67 × 10⁻¹¹", "6.67*10^-11"],
     ["1024", "2^{10}", "2^10", "4^5"],
-    [r"2\sqrt{3}", r"\sqrt{12}", r"2\sqrt3", r"2 \cdot \sqrt{3}",
-        "2sqrt(3)", "2√3", r"\frac{6}{\sqrt{3}}", r"\sqrt3\cdot 2"],
+    [
+        r"2\sqrt{3}",
+        r"\sqrt{12}",
+        r"2\sqrt3",
+        r"2 \cdot \sqrt{3}",
+        "2sqrt(3)",
+        "2√3",
+        r"\frac{6}{\sqrt{3}}",
+        r"\sqrt3\cdot 2",
+    ],
     [r"\frac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}", r"\frac12\sqrt3", r"\sqrt{3}/2", r"\frac{3}{2\sqrt3}"],
     [r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}", r"(1+\sqrt5)/2", r"\frac{\sqrt{5}+1}{2}"],
     [r"\frac{\pi}{2}", r"\pi/2", r"\frac12\pi", r"0.5\pi", r"\frac\pi2", "π/2"],
@@ -49,88 +89,180 @@ SAME = [
     [r"\{1\pm\sqrt5,-2\}", r"\{-2, 1+\sqrt5, 1-\sqrt5\}"],
     [r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{bmatrix}0.2\\-3.6\\\end{bmatrix}"],
     ["-1,-2", "-2,-1", r"\{-2,-1\}"],  # hash(-1) == hash(-2)
-    ["0", "0.0", "-0", "000", r"\frac{0}{5}", "1-1"], ["40_9", "40_{9}"], ["58,500", "58500"],
+    ["0", "0.0", "-0", "000", r"\frac{0}{5}", "1-1"],
+    ["40_9", "40_{9}"],
+    ["58,500", "58500"],
     # in the style of Hendrycks' is_equiv tests: compact fractions, units, parentheses, decimals
     [r"\tfrac{1}{2} + \frac1{72}", r"\dfrac{1}{2} +\!\frac{1}{72}", "37/72"],
     [r"10\sqrt{3} + \sqrt4", r"10\sqrt3 + \sqrt{4}", r"2+10\sqrt3"],
     [r"\left(x-2\right)\left(x+2\right)", "(x-2)(x+2)"],
     # in the style of Math-Verify's suite: notation, mixed numbers, intervals, matrices, relations
-    ["40/9", "4 4/9", r"4\frac{4}{9}"], ["10", "(9+1)", "x = 10", "10 = 10"],
+    ["40/9", "4 4/9", r"4\frac{4}{9}"],
+    ["10", "(9+1)", "x = 10", "10 = 10"],
     [r"[-1, -\frac{1}{2}) \cup (0, 1)", r"[-1, -\tfrac12) \cup (0, 1)"],
-    ["12:00", "12:00"], [r"x \geq 5", r"x \ge 5"], ["11", r"x\approx 11"],
+    ["12:00", "12:00"],
+    [r"x \geq 5", r"x \ge 5"],
+    ["11", r"x\approx 11"],
     # in the style of the PRM800K grader: text answers, tuples, percent, commas in numbers
     [r"\text{even}", "even", r"\textbf{Even}", r"\mathrm{even}", "even."],
-    [r"\text{no solution}", "no solution"], [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}"],
+    [r"\text{no solution}", "no solution"],
+    [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}"],
 ]
 ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says more, and the other way round
-    ("5", ["x=5", "f(2) = 5", "AB + AC = 5", r"\angle A = 5", "2+3=5", r"5\text{ cm}", r"5\,\text{cm}",
-         "5 cm", "5 km/h",
-           r"5\text{ m}", r"5\text{ m/s}", r"5\mathrm{~kg}", "5 miles per hour", r"\$5", "5 dollars",
-           r"5^\circ",
-           r"5^{\circ}", "5°", "5 degrees", r"5\%", "5 percent", "5 square units"]),
-    ("x=5", ["5", "5 = x"]), ("y = 2x + 3", ["2x+3", "3+2x = y"]), (r"x \in [-2,7]", ["[-2,7]"]),
-    (r"15\mbox{ cm}^2", ["15", r"15\text{ cm}^{2}", r"15\,\mathrm{cm}^2"]
-     ), (r"\$32,\!348", ["32348", "32,348 dollars"]),
-    (r"\frac{270}7\text{ degrees}", [r"\frac{270}{7}",
-     r"\frac{270}{7}^\circ"]), (r"28\%", ["28", "0.28", r"28 \%"]),
-    ("36^\\circ", ["36", r"36\text{ degrees}"]), (142.0, ["142", "142.0"]), (142, ["142.0"]), ("025", ["25"]),
-    ([r"$\frac{1}{2}$", "3"], ["0.5", "3"]), ("(p,q,r)=(6,31,-1)",
-     ["(6,31,-1)"]), ("(6,31,-1)", ["(p,q,r) = (6,31,-1)"]),
+    (
+        "5",
+        [
+            "x=5",
+            "f(2) = 5",
+            "AB + AC = 5",
+            r"\angle A = 5",
+            "2+3=5",
+            r"5\text{ cm}",
+            r"5\,\text{cm}",
+            "5 cm",
+            "5 km/h",
+            r"5\text{ m}",
+            r"5\text{ m/s}",
+            r"5\mathrm{~kg}",
+            "5 miles per hour",
+            r"\$5",
+            "5 dollars",
+            r"5^\circ",
+            r"5^{\circ}",
+            "5°",
+            "5 degrees",
+            r"5\%",
+            "5 percent",
+            "5 square units",
+        ],
+    ),
+    ("x=5", ["5", "5 = x"]),
+    ("y = 2x + 3", ["2x+3", "3+2x = y"]),
+    (r"x \in [-2,7]", ["[-2,7]"]),
+    (r"15\mbox{ cm}^2", ["15", r"15\text{ cm}^{2}", r"15\,\mathrm{cm}^2"]),
+    (r"\$32,\!348", ["32348", "32,348 dollars"]),
+    (r"\frac{270}7\text{ degrees}", [r"\frac{270}{7}", r"\frac{270}{7}^\circ"]),
+    (r"28\%", ["28", "0.28", r"28 \%"]),
+    ("36^\\circ", ["36", r"36\text{ degrees}"]),
+    (142.0, ["142", "142.0"]),
+    (142, ["142.0"]),
+    ("025", ["25"]),
+    ([r"$\frac{1}{2}$", "3"], ["0.5", "3"]),
+    ("(p,q,r)=(6,31,-1)", ["(6,31,-1)"]),
+    ("(6,31,-1)", ["(p,q,r) = (6,31,-1)"]),
     # in the style of Minerva's golds: 4.5e33 and floats
-    ("1.2e22", ["12000000000000000000000"]), (1e22, ["10^{22}"]), ("0", [r"0^\circ", r"0\text{ cm}",
-         "x = 0"]),
+    ("1.2e22", ["12000000000000000000000"]),
+    (1e22, ["10^{22}"]),
+    ("0", [r"0^\circ", r"0\text{ cm}", "x = 0"]),
 ]
 WRONG = [  # gold, replies
     # hedges: two answers where the gold has one
-    ("5", ["5 or 6", r"5 \text{ or } 6", "5 and 6", "5, 6", "5; 6", r"\pm 5", "5 6", r"5\quad 6", r"5 \\ 6",
-         "5 (or 6)", "5) 6",
-           "5 = 6", "6 = 5", "x=5=6", "x = 5, 6", "x=5 or x=6", "5 | 6", r"5 \lor 6", r"\{5,6\}", "[5,6]",
-           "5 to 6", "5-6",
-           r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
-           r"5 \text{ or more}", "> 5", "x > 5",
-           r"5 \text{ million}", "5x", "2x = 5", "", " ", r"\text{}", "cm", "five or 5", r"5 \approx 6",
-           r"5\to 6"]),
-    ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]), ("30", [
-     "5 6", "5) 6"]), ("B", ["A or B", "A, B", "AB", "A"]),
+    (
+        "5",
+        [
+            "5 or 6",
+            r"5 \text{ or } 6",
+            "5 and 6",
+            "5, 6",
+            "5; 6",
+            r"\pm 5",
+            "5 6",
+            r"5\quad 6",
+            r"5 \\ 6",
+            "5 (or 6)",
+            "5) 6",
+            "5 = 6",
+            "6 = 5",
+            "x=5=6",
+            "x = 5, 6",
+            "x=5 or x=6",
+            "5 | 6",
+            r"5 \lor 6",
+            r"\{5,6\}",
+            "[5,6]",
+            "5 to 6",
+            "5-6",
+            r"5\text{ cm or }6\text{ cm}",
+            r"5\text{cm}6",
+            "5, 5",
+            "not 5",
+            "5?",
+            "5 ± 1",
+            r"5 \text{ or more}",
+            "> 5",
+            "x > 5",
+            r"5 \text{ million}",
+            "5x",
+            "2x = 5",
+            "",
+            " ",
+            r"\text{}",
+            "cm",
+            "five or 5",
+            r"5 \approx 6",
+            r"5\to 6",
+        ],
+    ),
+    ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
+    ("30", ["5 6", "5) 6"]),
+    ("B", ["A or B", "A, B", "AB", "A"]),
     # near misses
-    ("103", ["10^3", "10³", "1.03"]), ("1/3",
-     ["0.333", "0.3333333333333333", "1/4"]), (r"\sqrt2", ["1.4142136", "2"]),
-    (r"\pi", ["3.14159", "22/7"]), ("8\\pi", ["8"]
-     ), (r"3\sqrt{13}", [r"\sqrt[3]{13}"]), ("5", ["5.0000001", "-5", "50"]),
-    (r"2\frac{1}{2}", ["1", "21/2"]), ("-2^2", ["(-2)^2"]), ("3R^2", ["3R^3", "3r^2"]), ("1+2i", ["1-2i"]),
-    (r"28\%", [r"0.28\%", "0.28%"]), ("0.28", ["28"]), ("5 cm", [
-     "5 inches", r"5\text{ cm}^2"]), (r"5.4\text{ cents}", ["5.4 dollars"]),
-    (r"\$36", [r"36^\circ"]), ("123", ["1,23"]), ("12345", [
-     "1,2345", "12,34,5"]), ("2k+2", ["2w+2"]), ("x=5", ["w=5"]),
+    ("103", ["10^3", "10³", "1.03"]),
+    ("1/3", ["0.333", "0.3333333333333333", "1/4"]),
+    (r"\sqrt2", ["1.4142136", "2"]),
+    (r"\pi", ["3.14159", "22/7"]),
+    ("8\\pi", ["8"]),
+    (r"3\sqrt{13}", [r"\sqrt[3]{13}"]),
+    ("5", ["5.0000001", "-5", "50"]),
+    (r"2\frac{1}{2}", ["1", "21/2"]),
+    ("-2^2", ["(-2)^2"]),
+    ("3R^2", ["3R^3", "3r^2"]),
+    ("1+2i", ["1-2i"]),
+    (r"28\%", [r"0.28\%", "0.28%"]),
+    ("0.28", ["28"]),
+    ("5 cm", ["5 inches", r"5\text{ cm}^2"]),
+    (r"5.4\text{ cents}", ["5.4 dollars"]),
+    (r"\$36", [r"36^\circ"]),
+    ("123", ["1,23"]),
+    ("12345", ["1,2345", "12,34,5"]),
+    ("2k+2", ["2w+2"]),
+    ("x=5", ["w=5"]),
     # structure
-    ("(2,251,252)", ["2251252", "2,251,252", "(2,252,251)"]), ("2251252",
-     ["(2,251,252)"]), ("(1,2)", ["[1,2]", "(1,2]", "(2,1)", "1,2"]),
-    ("1,2", ["1", "1,2,3", "1,1,2", "(1,2)"]), ("40_9", [
-     "40_{10}", "40", "36"]), ("(2,\\infty)", ["[2,\\infty)", "(2,-\\infty)"]),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", [
-     r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", "1,2,3,4"]), ("x=5, y=6", ["x=6, y=5", "5"]),
-    (r"(0,9) \cup (9,36)", ["(0,9)", "(0,36)"]), (r"1\pm\sqrt{19}", [r"1+\sqrt{19}", r"\pm\sqrt{19}"]),
+    ("(2,251,252)", ["2251252", "2,251,252", "(2,252,251)"]),
+    ("2251252", ["(2,251,252)"]),
+    ("(1,2)", ["[1,2]", "(1,2]", "(2,1)", "1,2"]),
+    ("1,2", ["1", "1,2,3", "1,1,2", "(1,2)"]),
+    ("40_9", ["40_{10}", "40", "36"]),
+    ("(2,\\infty)", ["[2,\\infty)", "(2,-\\infty)"]),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", [r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", "1,2,3,4"]),
+    ("x=5, y=6", ["x=6, y=5", "5"]),
+    (r"(0,9) \cup (9,36)", ["(0,9)", "(0,36)"]),
+    (r"1\pm\sqrt{19}", [r"1+\sqrt{19}", r"\pm\sqrt{19}"]),
     # algebra is not done, so that an echo of the question does not pay
-    ("(x+1)(x+2)", ["x^2+3x+2"]), ("5x", ["2x+3x"]), ("5x-7y+4=0", ["0"]), ("a+b=0", ["0"]), ("x+y=5", ["5"]),
-    ("5)", ["6)"]), ("]0,1[", ["]2,3["]), ("a)", ["b)", ""]), (",",
-     [";", ")"]), ("2.5", ["5 .5"]), ("3:45", ["3:4 5"]),  # what does not parse
-    ("0", ["0 maybe six", r"0 \text{ thousand}", "0x", "00 1"]), ("0.0", ["-", "0.01", "0 or 1"]),
+    ("(x+1)(x+2)", ["x^2+3x+2"]),
+    ("5x", ["2x+3x"]),
+    ("5x-7y+4=0", ["0"]),
+    ("a+b=0", ["0"]),
+    ("x+y=5", ["5"]),
+    ("5)", ["6)"]),
+    ("]0,1[", ["]2,3["]),
+    ("a)", ["b)", ""]),
+    (",", [";", ")"]),
+    ("2.5", ["5 .5"]),
+    ("3:45", ["3:4 5"]),  # what does not parse
+    ("0", ["0 maybe six", r"0 \text{ thousand}", "0x", "00 1"]),
+    ("0.0", ["-", "0.01", "0 or 1"]),
     ("5", [r"\text{six or } x = 5", "y = 6, x = 5", "not 6 = 5"]),
-    (r"2\sin b\cos a", [r"2\sin a\cos b", "2 sin a cos b"]), (None, ["None"]), ("", ["", " "]), ([], ["5"]),
+    (r"2\sin b\cos a", [r"2\sin a\cos b", "2 sin a cos b"]),
+    (None, ["None"]),
+    ("", ["", " "]),
+    ([], ["5"]),
 ]
 
 
 @pytest.mark.parametrize("forms", SAME, ids=lambda forms: forms[0])
 def test_the_same_value_written_another_way(forms):
-    assert not [
-    (a,
-    b) for a in forms for b in (
-        forms[0],
-        ) if not graded(
-            a,
-            b) or not graded(
-                b,
-                 a) and "=" not in a]
+    assert not [(a, b) for a in forms for b in (forms[0],) if not graded(a, b) or not graded(b, a) and "=" not in a]
 
 
 @pytest.mark.parametrize("gold, replies", ONE_WAY, ids=str)
@@ -143,23 +275,37 @@ def test_what_is_refused(gold, replies):
     assert [r for r in replies if graded(r, gold)] == []
 
 
-@pytest.mark.parametrize("response, answer", [
-    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{1} then \boxed{2", "1"), (r"\fbox{3}", "3"),
-         (r"\boxed {4}", "4"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{5 or \boxed{6}}",
-         r"5 or \boxed{6}"),
-    (r"\boxed{ \boxed{5}", "5"), (r"} \boxed{5}", "5"), ("the answer is 5", None), (r"\boxed 5", None), ("",
-         None),
-    (r"<think>\boxed{1}</think>\boxed{2}", "2"), (r"<think>\boxed{1}</think> two", None),
-         (r"<think>\boxed{1}", None),
-    (r"\boxed{1}</think>\boxed{2}", "2"), (r"\boxed{1}</think><think>\boxed{2}", None),
-    (r"<think>a</think>\boxed{1}<think>b</think>\boxed{2}", "2"), ("<think>" + r"cut off \boxed{1}", None)])
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed {4}", "4"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{5 or \boxed{6}}", r"5 or \boxed{6}"),
+        (r"\boxed{ \boxed{5}", "5"),
+        (r"} \boxed{5}", "5"),
+        ("the answer is 5", None),
+        (r"\boxed 5", None),
+        ("", None),
+        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> two", None),
+        (r"<think>\boxed{1}", None),
+        (r"\boxed{1}</think>\boxed{2}", "2"),
+        (r"\boxed{1}</think><think>\boxed{2}", None),
+        (r"<think>a</think>\boxed{1}<think>b</think>\boxed{2}", "2"),
+        ("<think>" + r"cut off \boxed{1}", None),
+    ],
+)
 def test_which_box_is_read(response, answer):
     assert extract_answer(response) == answer
 
 
 N = 100_000
-HOSTILE = { "nested braces": r"\boxed{" + "{" * N + "}" * N + "}",
+HOSTILE = {
+    "nested braces": r"\boxed{" + "{" * N + "}" * N + "}",
     "digits": r"\boxed{" + "1" * N + "}",
     "fracs": r"\boxed{" + r"\frac" * 20_000 + "}",
     "nested fracs": r"\boxed{" + r"\frac{1" * 20_000 + "}" * 20_001,
@@ -188,8 +334,8 @@ HOSTILE = { "nested braces": r"\boxed{" + "{" * N + "}" * N + "}",
     "texts": r"\boxed{" + r"\text{" * 90 + "}" * 91,
     "mixed": r"\boxed{" + "1 1/2 " * 90 + "}",
     "think": "<think>" * N,
-    "fractions": r"\boxed{" + "+".join(f"1/{n}" for n in range(1000,
-     1100)) + "}"}
+    "fractions": r"\boxed{" + "+".join(f"1/{n}" for n in range(1000, 1100)) + "}",
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -203,23 +349,27 @@ def test_hostile_input_ends_quickly(name):
         assert min(seconds) < 0.05 and not (accepted and gold == "5")
 
 
-PIECES = (r"\frac \sqrt \pi"
-          r" \pm \cup \infty \text{ \boxed{ \{ \} \left( \right] \begin{pmatrix} \end{pmatrix} \\ &"
-          r" { } ( ) [ ] , ; = ^ _ + - * / . 0 1 25 3.5 1e9 x ab or cm \% \$ $ ° ² − @ ¦ ⦃"
-          r" <think> </think> \! \, ! | 9")
+PIECES = (
+    r"\frac \sqrt \pi"
+    r" \pm \cup \infty \text{ \boxed{ \{ \} \left( \right] \begin{pmatrix} \end{pmatrix} \\ &"
+    r" { } ( ) [ ] , ; = ^ _ + - * / . 0 1 25 3.5 1e9 x ab or cm \% \$ $ ° ² − @ ¦ ⦃"
+    r" <think> </think> \! \, ! | 9"
+)
 LATEX = st.lists(st.sampled_from(PIECES.split() + [" "]), max_size=30).map("".join)
 NUMBER = st.one_of(
-    st.integers(-10**9, 10**9).map(str), st.builds("{}.{}".format, st.integers(-999, 999), st.integers(0,
-        999)),
+    st.integers(-(10**9), 10**9).map(str),
+    st.builds("{}.{}".format, st.integers(-999, 999), st.integers(0, 999)),
     st.builds(r"\frac{{{}}}{{{}}}".format, st.integers(-99, 99), st.integers(1, 99)),
-        st.builds(r"{}\pi".format, st.integers(2, 99)),
-    st.builds(r"{}\sqrt{{{}}}".format, st.integers(2, 99), st.integers(2, 99)))
+    st.builds(r"{}\pi".format, st.integers(2, 99)),
+    st.builds(r"{}\sqrt{{{}}}".format, st.integers(2, 99), st.integers(2, 99)),
+)
 VALUE = st.one_of(
-    NUMBER, st.builds(
-        "({}, {})".format, NUMBER, NUMBER), st.builds(
-            "[{},{})".format, NUMBER, NUMBER), st.builds(
-                r"\{{{}, {}\}}".format, NUMBER, NUMBER), st.builds(
-                    "{} + {}".format, NUMBER, NUMBER))
+    NUMBER,
+    st.builds("({}, {})".format, NUMBER, NUMBER),
+    st.builds("[{},{})".format, NUMBER, NUMBER),
+    st.builds(r"\{{{}, {}\}}".format, NUMBER, NUMBER),
+    st.builds("{} + {}".format, NUMBER, NUMBER),
+)
 BOX = settings(max_examples=300, deadline=None)
 
 
@@ -231,8 +381,7 @@ def test_never_raises_on_any_text(response, gold):
 
 
 @BOX
-@given(st.one_of(VALUE, st.text("abcxyz0123456789+-*/^(), .",
-    min_size=1).filter(lambda text: text.strip(" .,;"))))
+@given(st.one_of(VALUE, st.text("abcxyz0123456789+-*/^(), .", min_size=1).filter(lambda text: text.strip(" .,;"))))
 def test_every_answer_equals_itself(text):
     assert graded(text, text)
 
@@ -247,25 +396,27 @@ def test_equality_of_values_is_symmetric(a, b):
 @given(VALUE)
 def test_formatting_changes_nothing(value):
     forms = [
-    "$%s$",
-    r"\text{%s}",
-    r"\mathrm{%s}",
-    "%s.",
-    "  %s ",
-    r"\(%s\)",
-    r"\displaystyle %s",
-    r"\,%s\,",
-    "{%s}",
-     "x = %s"]
+        "$%s$",
+        r"\text{%s}",
+        r"\mathrm{%s}",
+        "%s.",
+        "  %s ",
+        r"\(%s\)",
+        r"\displaystyle %s",
+        r"\,%s\,",
+        "{%s}",
+        "x = %s",
+    ]
     assert [form for form in forms if not graded(form % value, value)] == []
     stretched = value.replace("(", r"\left( ").replace(")", r" \right)").replace(r"\frac", r"\dfrac")
     assert graded(stretched, value)
 
 
 @BOX
-@given(st.integers(-10**6, 10**6), st.integers(-10**6, 10**6), st.integers(1, 999))
+@given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6), st.integers(1, 999))
 def test_numbers_against_fractions(a, b, d):
     from fractions import Fraction
+
     assert graded(rf"\frac{{{a}}}{{{d}}}", f"{b}/{d}") == (Fraction(a, d) == Fraction(b, d))
     assert graded(str(a), f"{b}.0") == (a == b) and not graded(f"{a} or {a + 1}", str(a))
 

@@ -119,24 +119,48 @@ ORACLES = {"real": oracle_real, "real_bce": oracle_real_bce, "real_no_anchor": o
            "gspo": oracle_gspo, "trpa": oracle_trpa}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("seed", range(3))
-def test_value_and_gradient_match_the_transcription(name, seed):
+def compare(objective, oracle, seed):
+    """Assert that value and gradient are those of the transcription (its gradient by central differences)."""
     logp, old, ref, mask, labels = case(seed)
     logp.requires_grad_()
-    loss = OBJECTIVES[name](logp, old, mask, labels, ref_logp=ref)
-    assert loss.item() == pytest.approx(ORACLES[name](lists(logp.detach(), old, ref, mask, labels)), rel=1e-6)
+    loss = objective(logp, old, mask, labels, ref_logp=ref)
+    assert loss.item() == pytest.approx(oracle(lists(logp.detach(), old, ref, mask, labels)), rel=1e-6)
     gradient = torch.autograd.grad(loss, logp)[0]
-    assert gradient.abs().max() > 1e-4  # a zero loss must not pass
+    assert gradient.abs().max() > 1e-4
     assert not gradient[~mask].any()
     for q, g, t in random.Random(seed).sample([tuple(i) for i in mask.nonzero().tolist()], 12):
         ends = []
-        for h in (1e-6, -1e-6):
+        for h in (1e-5, -1e-5):
             moved = logp.detach().clone()
             moved[q, g, t] += h
-            ends.append(ORACLES[name](lists(moved, old, ref, mask, labels)))
-        # GSPO's token form has, by design, the gradient of the sequence form times |o| / |o|: the same
-        assert gradient[q, g, t].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4, abs=1e-7)
+            ends.append(oracle(lists(moved, old, ref, mask, labels)))
+        assert gradient[q, g, t].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(3))
+def test_value_and_gradient_match_the_transcription(name, seed):
+    compare(OBJECTIVES[name], ORACLES[name], seed)
+
+
+@pytest.mark.parametrize("mutant", ["zero loss", "flipped sign", "no anchor", "sum for mean", "uniform groups used",
+                                    "divided by mixed groups only"])
+def test_mutants_die(mutant, monkeypatch):
+    objective = real.real
+    if mutant == "zero loss":
+        objective = lambda *a, **k: 0 * real.real(*a, **k)
+    if mutant == "flipped sign":
+        objective = lambda *a, **k: -real.real(*a, **k)
+    if mutant == "no anchor":
+        objective = real.real_no_anchor
+    if mutant == "sum for mean":
+        monkeypatch.setattr(real, "token_mean", lambda x, mask: torch.where(mask, x, 0.0).sum(-1))
+    if mutant == "uniform groups used":
+        objective = lambda *a, **k: real.real(*a, **k, as_printed=True)
+    if mutant == "divided by mixed groups only":
+        objective = lambda *a, **k: real.real(*a, **k) * 2
+    with pytest.raises(AssertionError):
+        compare(objective, oracle_real, 0)
 
 
 @pytest.mark.parametrize("name", ["real", "real_bce", "real_no_anchor", "grpo", "dapo", "trpa"])

@@ -77,8 +77,7 @@ def test_every_numeric_setting_has_a_rule():
     (["--prompts", "5"], "does not divide"), (["--stepz", "3"], "unrecognized arguments"),
     (["--resume"], "holds no run to resume"), (["--config", "missing.yaml"], "missing.yaml"),
 ])
-def test_bad_input_on_the_command_line_is_one_line_and_exit_2(tmp_path, flags, words, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_on_the_command_line_is_one_line_and_exit_2(tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as e:
         real.main([*QUICK, "--output_dir", str(tmp_path / "run"), *flags])
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -172,35 +171,64 @@ def whole(tmp_path_factory):
     return folder
 
 
-def kill_and_resume(whole, folder, kills, seed):
-    rng, killed = random.Random(seed), 0
-    while killed < kills:
-        process = start("--output_dir", folder, "--save_every", 2, *(["--resume"] if (folder / "config.json").exists() else []))
-        try:
-            process.wait(timeout=4 + 5 * rng.random())
-            break  # finished before the kill
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-    code, out, err = run("--output_dir", folder, "--save_every", 2, *(["--resume"] if (folder / "config.json").exists() else []))
+LONG = ["--steps", "40", "--save_every", "2"]  # a save every other step, so that kills also fall into saves
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A longer run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    code, out, err = run("--output_dir", folder, *LONG)
     assert code == 0, err
-    assert metrics(folder) == metrics(whole) and weights(folder) == weights(whole)
-    return killed
+    return folder
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_same(whole, tmp_path):
-    assert kill_and_resume(whole, tmp_path / "run", 2, seed=0) > 0
+def kill_and_resume(long, folder, kills, seed):
+    """SIGKILL a run `kills` times at random moments after its first step, then let it end; returns where it was hit."""
+    rng, hit = random.Random(seed), []
+    log = folder / "metrics.jsonl"
+    while len(hit) < kills:
+        size = log.stat().st_size if log.exists() else 0
+        process = start("--output_dir", folder, *LONG, *(["--resume"] if (folder / "config.json").exists() else []))
+        while process.poll() is None and not (log.exists() and log.stat().st_size not in (0, size)):
+            time.sleep(0.01)
+        time.sleep(1.5 * rng.random())
+        if process.poll() is not None:
+            break  # it came to its end before the kill
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        hit.append("save" if (folder / ".checkpoint").exists() else "step")
+    code, out, err = run("--output_dir", folder, *LONG, "--resume")
+    assert code == 0, err
+    assert metrics(folder) == metrics(long) and weights(folder) == weights(long)
+    assert (folder / "samples.jsonl").read_bytes() == (long / "samples.jsonl").read_bytes()
+    return hit
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(long, tmp_path):
+    assert kill_and_resume(long, tmp_path / "run", 2, seed=0)
 
 
 @pytest.mark.slow
-def test_twenty_kills(whole, tmp_path):
-    kills = 0
-    for i in range(30):
-        kills += kill_and_resume(whole, tmp_path / f"run{i}", 2, seed=i)
-        if kills >= 20:
+def test_twenty_kills(long, tmp_path):
+    hits = []
+    for i in range(20):
+        hits += kill_and_resume(long, tmp_path / f"run{i}", 4, seed=i)
+        print(f"run {i}: killed in {hits[-4:]}, resumed, ended with the metrics, samples and weights of the whole run")
+        if len(hits) >= 20 and "save" in hits:
             break
-    assert kills >= 20
+    assert len(hits) >= 20 and "save" in hits and "step" in hits
+
+
+def test_killed_before_the_first_checkpoint_starts_over(whole, tmp_path):
+    process = start("--output_dir", tmp_path / "run", "--save_every", 2)
+    while not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    code, out, err = run("--output_dir", tmp_path / "run", "--resume")
+    assert code == 0, err
+    assert metrics(tmp_path / "run") == metrics(whole)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
