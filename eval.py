@@ -137,7 +137,7 @@ def report(scores):
     models, benchmarks = list(scores), list(next(iter(scores.values())))
     lines = []
     for model in models:
-        cells, first = [model], scores[models[0]]
+        cells, first = [real.shown(model)], scores[models[0]]
         for b in benchmarks:
             s = scores[model][b]
             cells.append(f"{s['pass@1']:.3f} ± {s['ci95']:.3f}")
@@ -147,10 +147,10 @@ def report(scores):
         mean = np.mean([s["pass@1"] for s in scores[model].values()])
         lines.append(cells + [f"{mean:.3f}"])
     print("\nPass@1 ± half a 95% interval" + (" (difference to the first model)" if len(models) > 1 else ""))
-    table(["model", *benchmarks, "Avg."], lines)
+    table(["model", *map(real.shown, benchmarks), "Avg."], lines)
     keys = [k for k in scores[models[0]][benchmarks[0]] if k not in ("per_problem", "ci95")]
     print()
-    table(["model", "benchmark", *keys], [[m, b] + [f"{s[k]:.3f}" if k not in ("problems", "length") else f"{s[k]:.0f}"
+    table(["model", "benchmark", *keys], [[real.shown(m), real.shown(b)] + [f"{s[k]:.3f}" if k not in ("problems", "length") else f"{s[k]:.0f}"
                                                     for k in keys] for m in models for b, s in scores[m].items()])
 
 

@@ -586,7 +586,7 @@ def train(config):
         for p in model.parameters():
             p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
     model.train()
-    print(f"{config.objective} on {config.model}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
+    print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
           f"problems; {config.prompts} questions x {config.group_size} rollouts and {config.mini_batches} updates a step")
     first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
     for step in run.steps(done + 1):  # line 3
@@ -626,6 +626,10 @@ def train(config):
 def first_line(error):
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+def shown(name):
+    """A hub id, or a path as one would type it here."""
+    return os.path.relpath(name) if os.path.exists(name) else str(name)
 
 def load_model(name):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder. Raises UserError."""
@@ -679,7 +683,7 @@ def load_problems(tokenizer, config, path, split):
     for row in rows:
         problem = "\n".join(str(v) for c in config.problem_column.split("+") if (v := read_column(row, c)) is not None)
         answer = read_column(row, config.answer_column)
-        text = str(problem) + SUFFIX
+        text = problem if SUFFIX.strip() in problem else problem + SUFFIX  # some data sets hold it already
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -687,7 +691,7 @@ def load_problems(tokenizer, config, path, split):
         empty = any(value is None or not str(value).strip() or value == [] for value in (problem, answer))
         if not empty and len(ids) <= config.max_prompt_tokens:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
-            problems.append({"problem": str(problem), "answer": answer, "prompt_ids": ids, "opening": opening})
+            problems.append({"problem": problem, "answer": answer, "prompt_ids": ids, "opening": opening})
     if len(problems) < len(rows):
         print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows skipped: no problem, no answer, or a prompt "
               f"over --max_prompt_tokens {config.max_prompt_tokens}")
@@ -835,8 +839,8 @@ class Run:
         if "pass@1" in rows[-1]:
             seconds = time.time() - self.began
             print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
-        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: python eval.py --model {self.config.model} "
-              f"{sorted(self.path.glob('checkpoint-*'))[-1]}")
+        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: python eval.py --model "
+              f"{shown(self.config.model)} {sorted(self.path.glob('checkpoint-*'))[-1]}")
         return rows[-1]
 
 def sha256(path):
