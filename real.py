@@ -717,7 +717,8 @@ class Run:
     FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume".split()  # may change on resume
 
     def __init__(self, config):
-        self.config, self.path, self.stopped, self.bad, self.began = config, config.run, 0, 0, time.time()
+        self.config, self.path, self.began = config, config.run, time.time()
+        self.stopped = self.bad = self.idle = 0  # signal number; updates that were not finite, steps without credit
         file, new = self.path / "config.json", asdict(config)
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
@@ -812,6 +813,10 @@ class Run:
         for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as f:
                 f.write(json.dumps(line) + "\n")
+        self.idle = 0 if row["mixed"] else self.idle + 1
+        if self.idle == 10:
+            tqdm.write("10 steps without a group that holds both right and wrong answers: nothing to learn from. Lower "
+                       "--lr if the reward has collapsed; take harder problems if all are solved.")
         if step % 20 == 1:
             tqdm.write(f"\n{sample['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
                        " step  reward  solved  entropy  length    s_bar+    s_bar-  max|W|  seconds  Pass@1")

@@ -369,7 +369,7 @@ def main() -> None:
         else:
             print(f"{name} is left out: pip install {install}")
     kinds = sorted({(-case["expected"], case["kind"].split(":")[0]) for case in cases})
-    print(f"{'kind (should)':28}{'cases':>7}" + "".join(f"{name:>14}" for name in results) + "   accepted")
+    print(f"{'kind (should)':28}{'cases':>7}" + "".join(f"{name:>18}" for name in results) + "   accepted")
     for expected, kind in kinds:
         row = f"{kind + (' (yes)' if expected else ' (no)'):28}"
         for i, (some, verdicts, _, _) in enumerate(results.values()):
@@ -380,10 +380,10 @@ def main() -> None:
             ]
             row += f"{len(said):7}" if i == 0 else ""
             share = f"{sum(said) / max(len(said), 1):.2%}" if expected else f"{sum(said)} of {len(said)}"
-            row += f"{share:>14}"
+            row += f"{share:>18}"
         print(row)
     print(
-        f"{'checks a second':35}" + "".join(f"{len(some) / seconds:14,.0f}" for some, _, seconds, _ in results.values())
+        f"{'checks a second':35}" + "".join(f"{len(some) / seconds:18,.0f}" for some, _, seconds, _ in results.values())
     )
     for name, (some, verdicts, _, trouble) in results.items():
         wrong = [
