@@ -438,6 +438,7 @@ def token_logprobs(model, batch, rows, config):
     `rows` counts rollouts through all groups, 0 to Q*G - 1. The logits of all tokens never exist together: the LM
     head takes 1,024 completion tokens at a time, and again in the backward pass.
     """
+    model.train(torch.is_grad_enabled())  # transformers recomputes activations in training mode only
     group_size, T = batch["mask"].shape[1:]
     ids, mask = (batch[k].view(-1, T)[rows] for k in ("completions", "mask"))
     prompts = [batch["prompts"][row // group_size].to(ids.device) for row in rows]
@@ -472,6 +473,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     inclusive. Temperature 0 takes the likeliest token. A prompt is read once for its whole group, and rollouts that
     have ended leave the batch: 2.5 times as fast as `generate` on the embedded model.
     """
+    model.eval()
     device, rows = model.device, torch.arange(len(prompts) * group_size, device=model.device)  # rows: still running
     ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     attend = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(device)
@@ -544,7 +546,8 @@ def update(model, master, optimizer, batch, config, logp=None):
 
     An objective couples the rollouts of a group, so it cannot be cut into micro-batches. But once its derivative by
     the log-probabilities is known (`credit`), each rollout can be differentiated by itself, by the chain rule:
-    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all.
+    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all, and
+    a mini-batch without any leaves the weights alone.
     `logp`: log-probabilities under the current weights, if known already. `master`: the fp32 weights that the
     optimizer holds; `model` itself, or what its bfloat16 weights are rounded from. A loss or gradient that is not
     finite changes nothing. Returns the loss, the gradient's norm, and s_bar and |W| of each rollout.
@@ -575,6 +578,7 @@ def train(config):
     master, tokenizer = load_model(folder or config.model)  # lines 1 and 2: pi_theta <- pi_0
     problems = load_problems(tokenizer, config, config.dataset, config.split)
     held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split) if config.eval_every else []
+    held_out = held_out[: config.eval_limit]
     # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32, on the CPU.
     model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
     reference = load_model(config.model)[0].to(device, model.dtype) if config.needs_reference else None
@@ -582,12 +586,11 @@ def train(config):
     if folder:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     if config.low_memory:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         for p in model.parameters():
             p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
-    model.train()
-    print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, {len(problems):,} "
-          f"problems; {config.prompts} questions x {config.group_size} rollouts and {config.mini_batches} updates a step")
+    print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, "
+          f"{len(problems):,} problems; a step is {config.prompts} questions x {config.group_size} rollouts")
     first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
     for step in run.steps(done + 1):  # line 3
         began = time.time()
