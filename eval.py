@@ -142,16 +142,18 @@ def report(scores):
             s = scores[model][b]
             cells.append(f"{s['pass@1']:.3f} ± {s['ci95']:.3f}")
             if model != models[0]:
-                change = np.subtract(s["per_problem"], first[b]["per_problem"])  # the same problems: a paired difference
+                change = np.subtract(s["per_problem"], first[b]["per_problem"])  # paired: the same problems
                 cells[-1] += f" ({change.mean():+.3f} ± {interval(change):.3f})"
         mean = np.mean([s["pass@1"] for s in scores[model].values()])
         lines.append(cells + [f"{mean:.3f}"])
     print("\nPass@1 ± half a 95% interval" + (" (difference to the first model)" if len(models) > 1 else ""))
     table(["model", *map(real.shown, benchmarks), "Avg."], lines)
     keys = [k for k in scores[models[0]][benchmarks[0]] if k not in ("per_problem", "ci95")]
+    digits = {"problems": 0, "length": 0}
     print()
-    table(["model", "benchmark", *keys], [[real.shown(m), real.shown(b)] + [f"{s[k]:.3f}" if k not in ("problems", "length") else f"{s[k]:.0f}"
-                                                    for k in keys] for m in models for b, s in scores[m].items()])
+    table(["model", "benchmark", *keys],
+          [[real.shown(m), real.shown(b), *(f"{s[k]:.{digits.get(k, 3)}f}" for k in keys)]
+           for m in models for b, s in scores[m].items()])
 
 
 def parse(argv=None):
@@ -159,7 +161,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", default=[str(HERE / "tiny")], help="hub ids or folders; the first is the baseline")
-    add("--benchmarks", nargs="+", default=["tiny"], help=f"all, {', '.join(BENCHMARKS)}, a local file or a hub data set")
+    add("--benchmarks", nargs="+", default=["tiny"], help=f"all, {', '.join(BENCHMARKS)}, any file or hub data set")
     add("--samples", type=int, default=16, help="samples per problem (paper: 16)")
     add("--limit", type=int, help="only the first so many problems")
     add("--temperature", type=float, default=0.6, help="paper: 0.6; 0 takes the likeliest token")
@@ -174,7 +176,8 @@ def parse(argv=None):
     add("--answer_column", default="answer", help="its column of answers")
     add("--output_dir", default="runs/eval", help="folder of the completions and of scores.json")
     args = parser.parse_args(argv)
-    for name, low in {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "batch": 1, "seed": 0, "temperature": 0}.items():
+    lowest = {"samples": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "batch": 1, "seed": 0, "temperature": 0}
+    for name, low in lowest.items():
         if not getattr(args, name) >= low:
             parser.error(f"--{name} must be at least {low}; it is {getattr(args, name)}")
     if not 0 < args.top_p <= 1 or args.limit is not None and args.limit < 1:

@@ -624,6 +624,8 @@ def train(config):
             run.save(step, master, tokenizer, optimizer)
     return run.finish()
 
+# Here the algorithm ends. What follows loads models and data, keeps the run's folder and reads the command line.
+
 # ==== Model and data =================================================================================================
 
 def first_line(error):
