@@ -207,7 +207,7 @@ def main(argv=None):
                 scores.setdefault(name, {})[benchmark] = score(rows)
         report(scores)
         (out / "scores.json").write_text(json.dumps(scores, indent=1))
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"eval.py: error: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -885,7 +885,7 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         train(parse(argv))
-    except UserError as e:
+    except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         print(f"real.py: error: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -3,6 +3,10 @@
 import importlib.util
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +62,25 @@ def test_an_interrupted_evaluation_resumes_to_the_same_table(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ev.main([*QUICK, "--output_dir", str(tmp_path / "b"), "--temperature", "1"])
     assert "was made with another temperature" in capsys.readouterr().err
+
+
+def test_killed_halfway_and_run_again(tmp_path):
+    """kill -9 once some completions are there; the second run keeps them and ends with the whole run's scores."""
+    flags = ["--samples", "4", "--limit", "96", "--batch", "2", "--max_new_tokens", "40"]
+    command = [sys.executable, ev.__file__, *flags, "--output_dir"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, tmp_path / "whole"], env=env, check=True, capture_output=True)
+    process = subprocess.Popen([*command, tmp_path / "killed"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (files := list((tmp_path / "killed").glob("*.jsonl"))) or len(files[0].read_bytes().splitlines()) < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = files[0].read_text().splitlines()[:20]
+    assert len(files[0].read_text().splitlines()) < 97 and not (tmp_path / "killed" / "scores.json").exists()
+    subprocess.run([*command, tmp_path / "killed"], env=env, check=True, capture_output=True)
+    assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
+    assert files[0].read_text().splitlines()[:20] == kept
 
 
 def test_several_models_give_paired_differences(tmp_path, capsys):
