@@ -684,8 +684,8 @@ def load_problems(tokenizer, config, path, split):
         for column in getattr(config, flag).split("+"):
             if re.split(r"[.\[]", column)[0] not in names:
                 raise UserError(f"{path} has no column {column} but {', '.join(names)}; set --{flag}")
-    problems = []
-    for row in rows:
+    problems, skipped = [], []
+    for number, row in enumerate(rows, 1):
         problem = "\n".join(str(v) for c in config.problem_column.split("+") if (v := read_column(row, c)) is not None)
         answer = read_column(row, config.answer_column)
         text = problem if SUFFIX.strip() in problem else problem + SUFFIX  # some data sets hold it already
@@ -694,12 +694,14 @@ def load_problems(tokenizer, config, path, split):
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has already written BOS
         empty = any(value is None or not str(value).strip() or value == [] for value in (problem, answer))
-        if not empty and len(ids) <= config.max_prompt_tokens:
+        if empty or len(ids) > config.max_prompt_tokens:
+            skipped.append(number)
+        else:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
             problems.append({"problem": problem, "answer": answer, "prompt_ids": ids, "opening": opening})
-    if len(problems) < len(rows):
-        print(f"{path}: {len(rows) - len(problems)} of {len(rows)} rows skipped: no problem, no answer, or a prompt "
-              f"over --max_prompt_tokens {config.max_prompt_tokens}")
+    if skipped:
+        print(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first is row {skipped[0]}): no problem, no answer, "
+              f"or a prompt over --max_prompt_tokens {config.max_prompt_tokens}")
     if not problems:
         raise UserError(f"{path}: no usable row in {len(rows)}")
     return problems
@@ -838,8 +840,9 @@ class Run:
             panels = {"share of rollouts": "reward pass@1", "entropy (nats per token)": "entropy",
                       "response length (tokens)": "response_length", "mean score": "s_positive s_negative"}
             for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
-                for key, style in zip(keys.split(), ("-", "o--")):
-                    axis.plot(*zip(*[(r["step"], r[key]) for r in rows if r.get(key) is not None]), style, label=key)
+                for key in keys.split():
+                    points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+                    axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
                 axis.set(title=title, xlabel="step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
