@@ -210,6 +210,9 @@ def main(argv=None):
     except (UserError, OSError) as e:
         print(f"eval.py: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

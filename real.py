@@ -645,6 +645,8 @@ def load_model(name):
         raise UserError(f"cannot load model {name}: {first_line(e)}") from e
     if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
         raise UserError(f"the tokenizer of {name} does not give back 'a b'; update transformers (>= 5.8)")
+    if any(getattr(model.config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
+        raise UserError(f"{name} rescales its logits, which token_logprobs does not; take a Qwen, Llama or Mistral model")
     return model, tokenizer
 
 def load_rows(path, name, split):
@@ -780,7 +782,7 @@ class Run:
             part.rename(final)
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
-        for old in sorted(self.path.glob("checkpoint-*"))[: -self.config.keep]:
+        for old in sorted(p for p in self.path.glob("checkpoint-*") if p <= final)[: -self.config.keep]:
             shutil.rmtree(old)
 
     def steps(self, start):
@@ -891,6 +893,8 @@ def main(argv=None):
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         print(f"real.py: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # while loading: inside the training loop, Run.steps ends the run
+        sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -284,6 +284,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert e.value.code == 2 and "\n" not in said and "Not a directory" in said
 
 
+def test_a_damaged_newer_checkpoint_never_costs_a_good_one(whole, tmp_path):
+    """With --keep 1, the run that fell back saves below the damaged step and must not delete what it just saved."""
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-000006" / "optimizer.pt").write_bytes(b"")
+    shutil.rmtree(folder / "checkpoint-000004")
+    flags = [*QUICK, "--output_dir", str(folder), "--save_every", "2", "--keep", "1", "--resume", "--steps", "2"]
+    real.train(real.parse(flags))
+    assert real.Run(real.parse(flags)).restore()[0] == 2
+    real.train(real.parse([*flags[:-2], "--steps", "6"]))
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-000006"]
+    assert weights(folder) == weights(whole)
+
+
 def test_checkpoints_are_bounded_and_load_as_hugging_face_models(whole):
     names = sorted(p.name for p in whole.glob("checkpoint-*"))
     assert names == ["checkpoint-000004", "checkpoint-000006"]

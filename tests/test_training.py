@@ -187,6 +187,65 @@ def test_same_seed_same_metrics(tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
+def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch):
+    """What `train` hands to each update: questions, log-probabilities, reference, learning rate, weight decay."""
+    base, tokenizer = real.load_model(Config().model)
+    config = replace(QUICK, objective="grpo", steps=2, prompts=6, mini_batches=3, warmup=4, lr=1e-3, weight_decay=0.03,
+                     output_dir=str(tmp_path / "run"))
+    calls, update, at_start = [], real.update, []
+
+    def spy(model, master, optimizer, batch, config, logp=None):
+        if logp is not None:
+            at_start.append(copy.deepcopy(model))  # pi_old: the weights before the first update of a step
+        group = optimizer.param_groups[0]
+        calls.append((batch, logp is not None, group["lr"], group["weight_decay"], group["betas"]))
+        return update(model, master, optimizer, batch, config, logp)
+
+    monkeypatch.setattr(real, "update", spy)
+    real.train(config)
+    assert [first for _, first, *_ in calls] == [True, False, False] * 2
+    assert [lr for _, _, lr, *_ in calls] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert all(decay == 0.03 and betas == (0.9, 0.95) for *_, decay, betas in calls)
+    problems = real.load_problems(tokenizer, config, config.dataset, "train")
+    for step in (1, 2):
+        mine = [batch for batch, *_ in calls[3 * step - 3 : 3 * step]]
+        drawn = [p["problem"] for p in real.draw(problems, step, config)]
+        assert [p["problem"] for batch in mine for p in batch["problems"]] == drawn
+        for batch in mine:  # every mini-batch of a step is compared with the same old policy and the same reference
+            old, _ = real.all_logprobs(at_start[step - 1], batch, config)
+            reference, _ = real.all_logprobs(base, batch, config)
+            assert torch.allclose(batch["old_logp"], old, atol=1e-4)
+            assert torch.allclose(batch["ref_logp"], reference, atol=1e-4)
+            assert step == 1 or not torch.allclose(old, reference, atol=1e-3)
+
+
+def test_settings_reach_the_objective(batch):
+    logp = torch.where(batch["mask"], batch["old_logp"] + 0.3, 0.0)
+    for settings in ({"tau": 0.1}, {"tau": 1.0}, {"as_printed": True}):
+        expected = real.real(logp, batch["old_logp"], batch["mask"], batch["labels"], **settings)
+        assert real.credit(logp, batch, replace(QUICK, **settings))[0] == expected != real.credit(logp, batch, QUICK)[0]
+
+
+def test_gradients_are_clipped(tiny, batch):
+    norms = []
+
+    class Spy:
+        def step(self):
+            norms.append(torch.cat([p.grad.flatten() for p in tiny[0].parameters()]).norm().item())
+
+    result = real.update(tiny[0], tiny[0], Spy(), batch, replace(QUICK, grad_clip=0.01), batch["old_logp"])
+    assert result["grad_norm"] > 0.1 and norms[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_answer_without_the_end_of_thinking_is_wrong(tiny, monkeypatch):
+    """The prompt opens <think>, so a boxed answer that comes before </think> is not graded as an answer."""
+    model, tokenizer, problems = tiny
+    box = rf"\boxed{{{problems[0]['answer']}}}"
+    for text, right in ((box, False), (f"</think>{box}", True)):
+        monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, text=text, **k: text)
+        assert real.rollouts(model, tokenizer, problems[:1], 2, 4, 1.0)["labels"].tolist() == [[right, right]]
+
+
 def test_low_memory_runs_and_resumes(tmp_path):
     config = replace(QUICK, low_memory=True, save_every=1, output_dir=str(tmp_path / "a"))
     real.train(config)

@@ -1,0 +1,101 @@
+"""Speed of a whole training step on the CPU, real.py against TRL's GRPOTrainer, measured in turn in one run.
+
+    pip install trl
+    python tests/benchmark.py             # some 3 minutes on 2 CPU cores; --quick: one short round, without TRL if absent
+
+Both train the embedded model with the GRPO objective on the same problems: 16 questions x 8 rollouts of at most 48
+tokens, 4 optimizer updates a step, fp32. A step is sampling, labels, log-probabilities and updates; rounds of the two
+alternate, each starts from the same weights, and its first step is not counted.
+"""
+
+import argparse
+import importlib.util
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import real  # noqa: E402
+
+CONFIG = real.Config(objective="dapo", warmup=0)  # GRPO's clipped loss without a reference model, as TRL's default
+
+
+def ours(steps):
+    """[(seconds, completion tokens)] of each step of Algorithm 1, its parts called as `train` calls them."""
+    model, tokenizer = real.load_model(CONFIG.model)
+    problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")
+    optimizer = torch.optim.AdamW(model.parameters(), CONFIG.lr)
+    times = []
+    for step in range(1, steps + 2):
+        began = time.perf_counter()
+        torch.manual_seed(step)
+        batch = real.rollouts(model, tokenizer, real.draw(problems, step, CONFIG), CONFIG.group_size,
+                              CONFIG.max_new_tokens, CONFIG.temperature)
+        batch["old_logp"], _ = real.all_logprobs(model, batch, CONFIG)
+        size = CONFIG.prompts // CONFIG.mini_batches
+        for i in range(CONFIG.mini_batches):
+            part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
+            real.update(model, model, optimizer, part, CONFIG, part["old_logp"] if i == 0 else None)
+        times.append((time.perf_counter() - began, int(batch["mask"].sum())))
+    return times[1:]
+
+
+def trl(steps):
+    """The same from TRL's GRPOTrainer, its time taken between the ends of every fourth update."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = real.load_model(CONFIG.model)
+    problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")
+    rows = [{"prompt": tokenizer.decode(p["prompt_ids"]), "answer": p["answer"]} for p in problems]
+    tokenizer.padding_side, lengths, ends = "left", [], []
+
+    def reward(completions, answer, completion_ids, **_):
+        lengths.append(sum(map(len, completion_ids)))
+        return [float(real.is_correct("<think>" + c, a)) for c, a in zip(completions, answer)]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=32, steps_per_generation=4, gradient_accumulation_steps=1,
+            num_generations=8, max_completion_length=CONFIG.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
+            learning_rate=CONFIG.lr, beta=0.0, max_steps=4 * (steps + 1), save_strategy="no", report_to=[],
+            logging_steps=10**6, disable_tqdm=True, bf16=False, gradient_checkpointing=False, use_cpu=True)
+        trainer = GRPOTrainer(model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+                              train_dataset=real.datasets.Dataset.from_list(rows), callbacks=[Clock()])
+        trainer.train()
+    marks = ends[3::4]
+    return [(b - a, n) for a, b, n in zip(marks, marks[1:], lengths[1:])]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of two steps each")
+    args = parser.parse_args()
+    rounds, steps = (1, 2) if args.quick else (3, 10)
+    transformers.utils.logging.set_verbosity_error()
+    methods = {"real.py": ours} | ({"TRL": trl} if importlib.util.find_spec("trl") else {})
+    found = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, method in methods.items():
+            found[name] += method(steps)
+    speed = {}
+    for name, pairs in found.items():
+        seconds, speed[name] = (statistics.median(x) for x in ([s for s, _ in pairs], [n / s for s, n in pairs]))
+        print(f"{name:8} {seconds:6.2f} s a step, {speed[name]:6.0f} completion tokens a second (medians of {len(pairs)})")
+    if len(speed) == 2:
+        print(f"ratio    {speed['real.py'] / speed['TRL']:6.2f}")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
+
+
+if __name__ == "__main__":
+    main()
