@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,3 +280,12 @@ def test_low_memory_weights_learn_where_plain_bfloat16_does_not(tiny, batch, mon
     error = {mode: ((change - changes["fp32"]).norm() / size).item() for mode, change in changes.items()}
     print(error)
     assert error["low memory"] < 0.02 and error["plain bfloat16"] > 0.5
+
+
+def test_the_benchmark_runs():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).with_name("benchmark.py"))
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert all(seconds > 0 and tokens > 1000 for seconds, tokens in benchmark.ours(1))
