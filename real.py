@@ -471,7 +471,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T); the mask is true up to the first end token,
     inclusive. Temperature 0 takes the likeliest token. A prompt is read once for its whole group, and rollouts that
-    have ended leave the batch: 2.5 times as fast as `generate` on the embedded model.
+    have ended leave the batch: nearly twice as fast as `generate` on the embedded model (tests/benchmark.py).
     """
     model.eval()
     device, rows = model.device, torch.arange(len(prompts) * group_size, device=model.device)  # rows: still running

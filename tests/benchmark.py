@@ -76,6 +76,28 @@ def trl(steps):
     return [(b - a, n) for a, b, n in zip(marks, marks[1:], lengths[1:])]
 
 
+def sampling(repeats):
+    """Seconds of real.sample and of `generate` for the same 16 x 8 rollouts, measured in turn."""
+    model, tokenizer = real.load_model(CONFIG.model)
+    problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")[: CONFIG.prompts]
+    prompts = [torch.tensor(p["prompt_ids"]) for p in problems]
+    left = dict(batch_first=True, padding_side="left")
+    inputs = {"input_ids": real.pad_sequence(prompts, **left),
+              "attention_mask": real.pad_sequence([torch.ones_like(p) for p in prompts], **left)}
+    times = {"sample": [], "generate": []}
+    for seed in range(repeats + 1):
+        for name in times:
+            torch.manual_seed(seed)
+            began = time.perf_counter()
+            if name == "sample":
+                real.sample(model, prompts, 8, [tokenizer.eos_token_id], CONFIG.max_new_tokens, 1.0)
+            else:
+                model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8,
+                               max_new_tokens=CONFIG.max_new_tokens, pad_token_id=tokenizer.eos_token_id)
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of two steps each")
@@ -93,6 +115,9 @@ def main():
         print(f"{name:8} {seconds:6.2f} s a step, {speed[name]:6.0f} completion tokens a second (medians of {len(pairs)})")
     if len(speed) == 2:
         print(f"ratio    {speed['real.py'] / speed['TRL']:6.2f}")
+    seconds = sampling(2 if args.quick else 15)
+    print(f"sampling: real.sample {seconds['sample']:.2f} s, generate {seconds['generate']:.2f} s, "
+          f"ratio {seconds['generate'] / seconds['sample']:.2f}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
 
