@@ -1,14 +1,15 @@
 """Score models on maths benchmarks by the paper's protocol: 16 samples a problem, temperature 0.6, top-p 0.95.
 
     python eval.py                                               # the embedded model on its held-out problems
-    python eval.py --model tiny runs/tiny-real-seed0/checkpoint-000150
+    python eval.py --model tiny runs/tiny-real-seed0/checkpoint-000080
     python eval.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --benchmarks all
 
-Prompt, sampling and checker are real.py's own. Every completion is written to `--output_dir` as soon as it is there;
-the same command goes on where an earlier one was interrupted and ends with the same table.
+Prompt, sampling and checker are real.py's own. Completions are written to `--output_dir` as soon as `--batch`
+problems are done; the same command goes on where an earlier one was interrupted and ends with the same table.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -200,9 +201,10 @@ def main(argv=None):
             weights = sum(p.double().sum().item() for p in model.parameters())  # tells apart models of one name
             for benchmark in args.benchmarks:
                 slug = "--".join(re.sub(r"[^\w.-]+", "_", str(x)).strip("_.") for x in (name, benchmark))
-                settings = {k: getattr(args, k) for k in ("samples", "temperature", "top_p", "max_new_tokens", "seed",
-                                                          "batch", "limit", "max_prompt_tokens")} | {"weights": weights}
                 problems = load_benchmark(benchmark, tokenizer, args)
+                data = hashlib.sha256(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode()).hexdigest()
+                settings = {k: getattr(args, k) for k in ("samples", "temperature", "top_p", "max_new_tokens", "seed",
+                                                          "batch", "limit", "max_prompt_tokens")} | {"weights": weights, "data": data}
                 rows = complete(model.eval(), tokenizer, problems, out / f"{slug}.jsonl", settings, args, benchmark)
                 scores.setdefault(name, {})[benchmark] = score(rows)
         report(scores)

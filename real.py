@@ -4,7 +4,7 @@ Sample G answers to a question, let a maths checker label each right or wrong, t
 the classes of a classifier whose logit is how much the policy has moved towards the answer: push the right
 ones above 0 and the wrong ones below.
 
-    python real.py                         # the embedded tiny model, a few minutes on 2 CPU cores
+    python real.py                         # the embedded tiny model, about a minute on 2 CPU cores
     python real.py --preset 1.5b           # DeepSeek-R1-Distill-Qwen-1.5B on DeepScaleR, one GPU
 
 Where the paper is in this file                                 Shapes
@@ -60,6 +60,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 HERE = Path(__file__).parent
+PYTHON = "python" if sys.prefix == sys.base_prefix else os.path.relpath(sys.executable)  # for the hints we print
 SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # follows every problem
 
 class UserError(ValueError):
@@ -105,7 +106,7 @@ class Config:
     eval_every: int = arg(20, "steps between validations, also one before and one after (>= 0); 0: none")
     eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
     eval_limit: int = arg(256, "validation problems used (>= 1)")
-    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0)")
+    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0) (<= 1000000)")
     save_every: int = arg(50, "steps between checkpoints (>= 1)")
     keep: int = arg(2, "checkpoints kept (>= 1)")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
@@ -115,7 +116,8 @@ class Config:
         holds = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
         for f in fields(self):
             value, rules = getattr(self, f.name), re.findall(r"\(([<>]=?) (\S+)\)", f.metadata["help"])
-            if rules and not (math.isfinite(value) and all(holds[sign](value, float(x)) for sign, x in rules)):
+            number = type(value) is int or type(value) is float and f.type is float and math.isfinite(value)
+            if rules and not (number and all(holds[sign](value, float(x)) for sign, x in rules)):
                 rule = " and ".join(map(" ".join, rules))
                 raise UserError(f"--{f.name} must be finite and {rule}, for example {f.default}; it is {value}")
         if self.prompts % self.mini_batches:
@@ -592,6 +594,8 @@ def train(config):
     print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, "
           f"{len(problems):,} problems; a step is {config.prompts} questions x {config.group_size} rollouts")
     first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
+    if first:
+        print(f"Pass@1 before training: {first['pass@1_before']:.3f}")
     for step in run.steps(done + 1):  # line 3
         began = time.time()
         torch.manual_seed(config.seed * 1_000_003 + step)
@@ -646,7 +650,7 @@ def load_model(name):
     if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
         raise UserError(f"the tokenizer of {name} does not give back 'a b'; update transformers (>= 5.8)")
     if any(getattr(model.config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
-        raise UserError(f"{name} rescales its logits, which token_logprobs does not; take a Qwen, Llama or Mistral model")
+        raise UserError(f"{name} rescales its logits, which token_logprobs does not; take a Qwen or Llama model")
     return model, tokenizer
 
 def load_rows(path, name, split):
@@ -694,7 +698,7 @@ def load_problems(tokenizer, config, path, split):
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has already written BOS
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids  # a template writes BOS itself
         empty = any(value is None or not str(value).strip() or value == [] for value in (problem, answer))
         if empty or len(ids) > config.max_prompt_tokens:
             skipped.append(number)
@@ -702,7 +706,7 @@ def load_problems(tokenizer, config, path, split):
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
             problems.append({"problem": problem, "answer": answer, "prompt_ids": ids, "opening": opening})
     if skipped:
-        print(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first is row {skipped[0]}): no problem, no answer, "
+        print(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first: row {skipped[0]}): no problem, no answer "
               f"or a prompt over --max_prompt_tokens {config.max_prompt_tokens}")
     if not problems:
         raise UserError(f"{path}: no usable row in {len(rows)}")
@@ -728,12 +732,12 @@ class Run:
     def __init__(self, config):
         self.config, self.path, self.began = config, config.run, time.time()
         self.stopped = self.bad = self.idle = 0  # signal number; updates that were not finite, steps without credit
-        file, new = self.path / "config.json", asdict(config)
+        file, new, started = self.path / "config.json", asdict(config), (self.path / "metrics.jsonl").exists()
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
-        if file.exists() and not config.resume:
+        if started and not config.resume:
             raise UserError(f"{self.path} holds a run already: --resume goes on with it, or move it out of the way")
-        old = json.loads(file.read_text()) if config.resume else new
+        old = json.loads(file.read_text()) if started else new
         changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v and k not in self.FREE]
         if changed:
             raise UserError(f"{self.path} has {', '.join(changed)}; only {', '.join(self.FREE)} may change")
@@ -798,7 +802,7 @@ class Run:
             for step in tqdm(range(start, self.config.steps + 1), initial=start - 1, total=self.config.steps):
                 yield step
                 if self.stopped:
-                    tqdm.write(f"Saved. Go on with: python real.py --output_dir {self.path} --resume")
+                    tqdm.write(f"Saved. Go on with: {PYTHON} real.py --output_dir {self.path} --resume")
                     raise SystemExit(128 + self.stopped)
         finally:
             for n, handler in before.items():
@@ -844,17 +848,18 @@ class Run:
             for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
                 for key in keys.split():
                     points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-                    axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
+                    if points:
+                        axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
                 axis.set(title=title, xlabel="step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
         except ImportError:
             print("No picture of the log: pip install matplotlib")
         self.lock.release()
-        if "pass@1" in rows[-1]:
-            seconds = time.time() - self.began
-            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
-        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: python eval.py --model "
+        if "pass@1" in rows[-1] and "pass@1_before" in rows[0]:
+            seconds = sum(r["seconds"] for r in rows)
+            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s of training")
+        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: {PYTHON} eval.py --model "
               f"{shown(self.config.model)} {sorted(self.path.glob('checkpoint-*'))[-1]}")
         return rows[-1]
 
@@ -876,9 +881,11 @@ def parse(argv=None):
     parser.set_defaults(**PRESETS[first.preset])
     file = Path(first.config or read().run / "config.json")
     try:
-        settings = yaml.safe_load(file.read_text()) if first.config or first.resume and file.exists() else {}
+        settings = (yaml.safe_load(file.read_text()) if first.config or first.resume and file.exists() else {}) or {}
     except (OSError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {file}: {first_line(e)}") from e
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} must hold settings as NAME: VALUE")
     if unknown := set(settings) - {f.name for f in fields(Config)}:
         raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}")
     parser.set_defaults(**settings)

@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine wait for each other far longer
 
 
 def pytest_addoption(parser):

@@ -49,7 +49,8 @@ def weights(folder):
     ({"prompts": 0}, "--prompts"), ({"prompts": 10, "mini_batches": 4}, "does not divide --prompts 10"),
     ({"steps": 0}, "--steps"), ({"keep": 0}, "--keep"), ({"seed": -1}, "--seed"), ({"kl_ref": -0.1}, "--kl_ref"),
     ({"objective": "reel"}, "choose one of real, real_bce"), ({"max_new_tokens": 0}, "--max_new_tokens"),
-    ({"grad_clip": -1}, "--grad_clip"), ({"beta2": 1}, "--beta2"), ({"save_every": 0}, "--save_every"),
+    ({"grad_clip": -1}, "--grad_clip"), ({"steps": 2.5}, "--steps"), ({"lr": None}, "--lr"), ({"prompts": True}, "--prompts"),
+    ({"tau": [1]}, "--tau"), ({"seed": 10**14}, "--seed"), ({"beta2": 1}, "--beta2"), ({"save_every": 0}, "--save_every"),
 ])
 def test_every_bad_setting_is_named(flags, words):
     with pytest.raises(UserError) as e:
@@ -171,7 +172,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-LONG = ["--steps", "40", "--save_every", "2"]  # a save every other step, so that kills also fall into saves
+LONG = ["--steps", "24", "--save_every", "2"]  # a save every other step, so that kills also fall into saves
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def kill_and_resume(long, folder, kills, seed):
         process = start("--output_dir", folder, *LONG, *(["--resume"] if (folder / "config.json").exists() else []))
         while process.poll() is None and not (log.exists() and log.stat().st_size not in (0, size)):
             time.sleep(0.01)
-        time.sleep(1.5 * rng.random())
+        time.sleep(rng.random())
         if process.poll() is not None:
             break  # it came to its end before the kill
         process.send_signal(signal.SIGKILL)
@@ -314,6 +315,15 @@ def test_one_process_a_folder_and_no_silent_overwrite(whole, tmp_path):
     with pytest.raises(UserError, match="in use by another run"):
         real.Run(Config(output_dir=str(tmp_path / "run"), resume=True))
     first.lock.release()
+
+
+def test_a_start_that_failed_does_not_block_its_folder(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="cannot load model"):
+        real.train(real.parse([*QUICK, "--output_dir", str(folder), "--model", str(tmp_path / "none")]))
+    real.train(real.parse([*QUICK, "--output_dir", str(folder)]))
+    last = real.train(real.parse([*QUICK, "--output_dir", str(folder), "--resume", "--steps", "7", "--eval_every", "7"]))
+    assert last["step"] == 7 and "pass@1" in last
 
 
 def test_resume_names_settings_that_changed(whole):
