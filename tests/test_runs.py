@@ -342,9 +342,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypat
     kept = torch.load(tmp_path / "run" / "not-finite-1.pt", weights_only=True)
     assert kept["completions"].shape[:2] == (2, 4)
     saved = sorted((tmp_path / "run").glob("checkpoint-*"))
-    if saved:
-        before, after = (real.load_model(str(p))[0] for p in (Config().model, saved[-1]))
-        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert saved
+    before, after = (real.load_model(str(p))[0] for p in (Config().model, saved[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
 @pytest.mark.slow
