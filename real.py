@@ -417,16 +417,19 @@ def credit(logp, batch, config):
 
 # ==== Log-probabilities ==============================================================================================
 
-def micro_batches(lengths, budget):
-    """Indices of `lengths` in lists of similar length, each within `budget` tokens once padded (or a single row)."""
-    rows = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if rows and (len(rows) + 1) * lengths[row] > budget:
-            yield rows
-            rows = []
-        rows.append(row)
-    if rows:
-        yield rows
+def micro_batches(batch, rows, config):
+    """Rollouts of similar length in lists of at most `micro_batch_tokens` tokens once padded (or of a single one)."""
+    lengths, part = batch["lengths"], []
+    if not config.low_memory:  # whole groups side by side, so that they can share their prompt
+        lengths = lengths.amax(-1, keepdim=True).expand_as(lengths)
+    lengths = lengths.flatten().tolist()
+    for row in sorted(rows, key=lengths.__getitem__):
+        if part and (len(part) + 1) * lengths[row] > config.micro_batch_tokens:
+            yield sorted(part)
+            part = []
+        part.append(row)
+    if part:
+        yield sorted(part)
 
 def head_logprobs(hidden, targets, head, temperature):
     """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and entropy (n,) if no graph is kept."""
@@ -434,25 +437,52 @@ def head_logprobs(hidden, targets, head, temperature):
     entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
 
+def read_prompts(model, prompts, owner):
+    """Read each prompt once for all its rollouts; owner (rows,) names the prompt of each of them.
+
+    Returns the hidden state that predicts the first token (rows, H), the key-value cache, which tokens of it to attend
+    to (rows, P), and the position of the last of them (rows, 1).
+    """
+    left = dict(batch_first=True, padding_side="left")
+    ids = pad_sequence(prompts, **left).to(model.device)
+    attend = pad_sequence([torch.ones_like(p) for p in prompts], **left).to(model.device)
+    position = (attend.cumsum(-1) - 1).clamp(min=0)
+    out = model.base_model(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=True)
+    out.past_key_values.batch_select_indices(owner)
+    return out.last_hidden_state[owner, -1], out.past_key_values, attend[owner], position[owner, -1:]
+
 def token_logprobs(model, batch, rows, config):
     """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
 
-    `rows` counts rollouts through all groups, 0 to Q*G - 1. The logits of all tokens never exist together: the LM
-    head takes 1,024 completion tokens at a time, and again in the backward pass.
+    `rows`, in rising order, counts rollouts through all groups, 0 to Q*G - 1. Rollouts of one question stand in one
+    sequence behind their common prompt, like the branches of a tree: each attends to the prompt and to itself. The
+    logits of all tokens never exist together: the LM head takes 1,024 at a time, and again in the backward pass.
     """
     model.train(torch.is_grad_enabled())  # transformers recomputes activations in training mode only
     group_size, T = batch["mask"].shape[1:]
     ids, mask = (batch[k].view(-1, T)[rows] for k in ("completions", "mask"))
-    prompts = [batch["prompts"][row // group_size].to(ids.device) for row in rows]
-    # Prompt and rollout side by side, padded on the right: under causal attention no real token sees the padding.
-    inputs = pad_sequence([torch.cat([p, o[m]]) for p, o, m in zip(prompts, ids, mask)], batch_first=True)
-    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # (rows, longest, H)
-    row, t = mask.nonzero(as_tuple=True)
-    start = torch.tensor([len(p) for p in prompts], device=ids.device)
-    hidden, targets = hidden[row, start[row] + t - 1], ids[mask]  # (n, H), (n,): what predicts token t stands before it
+    trees = {}
+    for i, row in enumerate(rows):  # long rollouts outweigh their prompt, and go without the mask below
+        trees.setdefault(row if config.low_memory else row // group_size, []).append(i)
+    tokens, branch, position, before = [], [], [], []
+    for members in trees.values():
+        prompt = batch["prompts"][rows[members[0]] // group_size].to(ids.device)
+        row, t = mask[members].nonzero(as_tuple=True)
+        n, count = len(prompt), torch.arange(len(prompt) + len(row), device=ids.device)
+        tokens.append(torch.cat([prompt, ids[members][row, t]]))
+        branch.append(torch.cat([torch.zeros_like(prompt), row + 1]))
+        position.append(torch.cat([count[:n], n + t]))
+        before.append(torch.where(t == 0, n, count[n:]) - 1)  # what predicts token t stands before it
+    tokens, branch, position = (pad_sequence(x, batch_first=True) for x in (tokens, branch, position))
+    attend = None  # plain causal attention: no real token sees the padding on the right
+    if len(trees) < len(rows):
+        attend = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
+        attend = attend.tril()[:, None]
+    hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position, use_cache=False)[0]
+    hidden = torch.cat([h[b] for h, b in zip(hidden, before)])  # (n, H)
     head = model.get_output_embeddings()
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-              for h, o in zip(hidden.split(1024), targets.split(1024))]
+              for h, o in zip(hidden.split(1024), ids[mask].split(1024))]
     zeros = torch.zeros(mask.shape, device=ids.device)
     return [zeros.masked_scatter(mask, torch.cat(c)) if c[0] is not None else None for c in zip(*chunks)]
 
@@ -461,7 +491,7 @@ def all_logprobs(model, batch, config):
     """log pi_theta and entropy of every rollout of a batch, (Q, G, T) each, without a graph."""
     shape = batch["mask"].shape
     logp, entropy = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
-    for rows in micro_batches(batch["lengths"].flatten().tolist(), config.micro_batch_tokens):
+    for rows in micro_batches(batch, range(len(logp)), config):
         logp[rows], entropy[rows] = token_logprobs(model, batch, rows, config)
     return logp.view(shape), entropy.view(shape)
 
@@ -557,9 +587,8 @@ def update(model, master, optimizer, batch, config, logp=None):
     logp = all_logprobs(model, batch, config)[0] if logp is None else logp
     loss, weight = credit(logp, batch, config)
     flat = weight.flatten(0, 1)
-    used = flat.abs().sum(-1).nonzero()[:, 0]
-    for rows in micro_batches(batch["lengths"].flatten()[used].tolist(), config.micro_batch_tokens):
-        token_logprobs(model, batch, used[rows].tolist(), config)[0].backward(flat[used[rows]])
+    for rows in micro_batches(batch, flat.abs().sum(-1).nonzero()[:, 0].tolist(), config):
+        token_logprobs(model, batch, rows, config)[0].backward(flat[rows])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     if (loss + norm).isfinite():
         for p, m in zip(model.parameters(), master.parameters()):

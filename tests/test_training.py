@@ -35,10 +35,11 @@ def batch(tiny):
 # ---- Log-probabilities ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_match_the_plain_formula(tiny, batch, temperature):
-    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight."""
-    model, config = tiny[0], replace(QUICK, temperature=temperature)
+@pytest.mark.parametrize("temperature, low_memory", [(1.0, False), (0.6, False), (1.0, True)])
+def test_logprobs_match_the_plain_formula(tiny, batch, temperature, low_memory):
+    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight. Low memory: each
+    rollout behind its own prompt; else all rollouts of a question behind one."""
+    model, config = tiny[0], replace(QUICK, temperature=temperature, low_memory=low_memory)
     logp, entropy = real.all_logprobs(model, batch, config)
     total = 0.0
     for q in range(4):
@@ -114,11 +115,19 @@ def test_two_step_gradient_is_the_gradient_of_the_loss(tiny, batch, objective):
 
 
 def test_micro_batches_hold_every_row_once_and_keep_the_budget():
-    lengths = [7, 3, 9, 1, 4, 20, 4]
-    parts = list(real.micro_batches(lengths, 12))
-    assert sorted(sum(parts, [])) == list(range(7))
-    assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 12 for p in parts)
-    assert len(parts) < 7
+    lengths = [7, 3, 9, 1, 4, 20, 4, 2]
+    batch = {"lengths": torch.tensor(lengths).view(4, 2)}
+    for low_memory, rows in ((True, range(8)), (False, range(8)), (True, [1, 4, 6])):
+        parts = list(real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=12, low_memory=low_memory)))
+        assert sorted(sum(parts, [])) == list(rows) and all(p == sorted(p) for p in parts)
+        assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 12 for p in parts)
+        assert len(parts) < len(rows)
+
+
+def test_groups_stay_together_where_they_share_their_prompt():
+    batch = {"lengths": torch.tensor([[3, 9], [4, 8], [1, 2]])}
+    parts = list(real.micro_batches(batch, range(6), replace(QUICK, micro_batch_tokens=18)))
+    assert parts == [[4, 5], [2, 3], [0, 1]]
 
 
 # ---- Sampling ---------------------------------------------------------------------------------------------------------
