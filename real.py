@@ -437,20 +437,6 @@ def head_logprobs(hidden, targets, head, temperature):
     entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
 
-def read_prompts(model, prompts, owner):
-    """Read each prompt once for all its rollouts; owner (rows,) names the prompt of each of them.
-
-    Returns the hidden state that predicts the first token (rows, H), the key-value cache, which tokens of it to attend
-    to (rows, P), and the position of the last of them (rows, 1).
-    """
-    left = dict(batch_first=True, padding_side="left")
-    ids = pad_sequence(prompts, **left).to(model.device)
-    attend = pad_sequence([torch.ones_like(p) for p in prompts], **left).to(model.device)
-    position = (attend.cumsum(-1) - 1).clamp(min=0)
-    out = model.base_model(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=True)
-    out.past_key_values.batch_select_indices(owner)
-    return out.last_hidden_state[owner, -1], out.past_key_values, attend[owner], position[owner, -1:]
-
 def token_logprobs(model, batch, rows, config):
     """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
 
