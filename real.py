@@ -28,6 +28,7 @@ Where this differs from the paper as printed
     5. The loss is differentiated in two steps (see `update`); the gradient is the same.
 """
 
+import atexit
 import copy
 import hashlib
 import inspect
@@ -49,6 +50,7 @@ from pathlib import Path
 
 import datasets
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import yaml
@@ -61,6 +63,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 HERE = Path(__file__).parent
 PYTHON = "python" if sys.prefix == sys.base_prefix else os.path.relpath(sys.executable)  # for the hints we print
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
 SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # follows every problem
 
 class UserError(ValueError):
@@ -101,6 +104,7 @@ class Config:
     max_new_tokens: int = arg(48, "longest rollout (>= 1); paper: 8,192")
     micro_batch_tokens: int = arg(4096, "tokens per forward pass (>= 1); changes memory, not the gradient")
     low_memory: bool = arg(False, "bfloat16 and recomputed activations on the GPU, fp32 weights and moments on the CPU")
+    offload_gradients: bool = arg(False, "with low_memory: gather gradients on the CPU too; slower, least GPU memory")
     eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems with the same columns")
     eval_split: str = arg("test", "split to validate on")
     eval_every: int = arg(20, "steps between validations, also one before and one after (>= 0); 0: none")
@@ -148,7 +152,9 @@ PAPER = dict(  # Sec. 5.1 and the released code
     warmup=0, beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True)
 PRESETS = {
     "tiny": {},
-    "1.5b": PAPER,
+    "1.5b-12gb": PAPER | dict(max_new_tokens=4096, micro_batch_tokens=10240, offload_gradients=True),
+    "1.5b-16gb": PAPER | dict(micro_batch_tokens=9216),
+    "1.5b": PAPER,  # on 24 GB and more
     "7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000),
 }
 
@@ -418,18 +424,21 @@ def credit(logp, batch, config):
 # ==== Log-probabilities ==============================================================================================
 
 def micro_batches(batch, rows, config):
-    """Rollouts of similar length in lists of at most `micro_batch_tokens` tokens once padded (or of a single one)."""
-    lengths, part = batch["lengths"], []
+    """Lists of rollouts of similar length, at most `micro_batch_tokens` tokens each once padded (or a single one).
+
+    Every process gets its share of the lists; the sum over processes is then what one process would compute.
+    """
+    lengths, parts, budget = batch["lengths"], [[]], config.micro_batch_tokens
     if not config.low_memory:  # whole groups side by side, so that they can share their prompt
         lengths = lengths.amax(-1, keepdim=True).expand_as(lengths)
     lengths = lengths.flatten().tolist()
+    if WORLD > 1:  # work for all
+        budget = min(budget, sum(lengths[row] for row in rows) // WORLD + 1)
     for row in sorted(rows, key=lengths.__getitem__):
-        if part and (len(part) + 1) * lengths[row] > config.micro_batch_tokens:
-            yield sorted(part)
-            part = []
-        part.append(row)
-    if part:
-        yield sorted(part)
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > budget:
+            parts.append([])
+        parts[-1].append(row)
+    return [sorted(part) for part in parts[RANK::WORLD] if part]
 
 def head_logprobs(hidden, targets, head, temperature):
     """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and entropy (n,) if no graph is kept."""
@@ -479,6 +488,8 @@ def all_logprobs(model, batch, config):
     logp, entropy = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
     for rows in micro_batches(batch, range(len(logp)), config):
         logp[rows], entropy[rows] = token_logprobs(model, batch, rows, config)
+    if WORLD > 1:
+        dist.all_reduce(logp), dist.all_reduce(entropy)
     return logp.view(shape), entropy.view(shape)
 
 # ==== Rollouts =======================================================================================================
@@ -527,37 +538,51 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
 def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature, top_p=1.0):
     """A group of rollouts of each problem and their labels, as a batch: a dict whose values all have length Q.
 
-    On a GPU, as many groups are sampled at a time as the free memory can hold the key-value cache of.
+    Every process samples its share of the groups and gets the batch of all. On a GPU, as many groups are sampled at a
+    time as the free memory can hold the key-value cache of.
     """
-    prompts, c = [torch.tensor(p["prompt_ids"]) for p in problems], model.config
+    own, c, rows, device = problems[RANK::WORLD], model.config, 1024, model.device
     ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    rows = 1024
-    if model.device.type == "cuda":
+    ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        free = min(free, torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated())
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize  # bytes
-        torch.cuda.empty_cache()
-        rows = int(0.8 * torch.cuda.mem_get_info()[0] / (token * (max(map(len, prompts)) + max_new_tokens)))
-    groups = max(1, rows // group_size)
-    parts = [sample(model, prompts[i : i + groups], group_size, sorted(ends), max_new_tokens, temperature, top_p)
-             for i in range(0, len(prompts), groups)]
-    T = max(mask.shape[-1] for _, mask in parts)
-    ids, mask = (torch.cat([F.pad(x, (0, T - x.shape[-1])) for x in xs]) for xs in zip(*parts))  # (Q, G, T)
-    texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)] for group in zip(ids, mask)]
-    labels = [[is_correct(p["opening"] + text, p["answer"]) for text in group] for p, group in zip(problems, texts)]
-    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts], device=mask.device)
-    ended = (mask & torch.isin(ids, torch.tensor(sorted(ends), device=mask.device))).any(-1)  # the others were cut off
+        longest = max(len(p["prompt_ids"]) for p in problems) + max_new_tokens
+        rows = int(0.8 * free / (token * longest))
+    at_once, groups = max(1, rows // group_size), []
+    for i in range(0, len(own), at_once):
+        prompts = [torch.tensor(p["prompt_ids"]) for p in own[i : i + at_once]]
+        for p, *group in zip(own[i:], *sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p)):
+            texts = [tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
+            groups.append((texts, [is_correct(p["opening"] + text, p["answer"]) for text in texts], *group))
+    if WORLD > 1:
+        dist.all_gather_object(parts := [None] * WORLD, [[*g[:2], g[2].cpu(), g[3].cpu()] for g in groups])
+        groups = [parts[i % WORLD][i // WORLD] for i in range(len(problems))]
+    texts, labels, ids, mask = zip(*groups)
+    T = max(m.shape[-1] for m in mask)
+    ids, mask = (torch.stack([F.pad(x, (0, T - x.shape[-1])) for x in xs]).to(device) for xs in (ids, mask))  # (Q, G, T)
+    prompts = [torch.tensor(p["prompt_ids"]) for p in problems]
+    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts], device=device)
+    ended = (mask & torch.isin(ids, torch.tensor(ends, device=device))).any(-1)  # the others were cut off
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
-            "texts": texts, "ended": ended, "labels": torch.tensor(labels, device=mask.device)}
+            "texts": list(texts), "ended": ended, "labels": torch.tensor(labels, device=device)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1: the share of right answers among `eval_samples` rollouts of each problem."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed * WORLD + RANK)
     labels = [rollouts(model, tokenizer, problems[i : i + 64], config.eval_samples, config.max_new_tokens,
                        config.temperature)["labels"] for i in range(0, len(problems), 64)]
     return torch.cat(labels).float().mean().item()
 
 # ==== Update and training ============================================================================================
+
+def offload(p, m):
+    """Move the gradient of a weight, added up over micro-batches, to the master weight on the CPU."""
+    m.grad = p.grad.to(m.device, m.dtype) + (0 if m.grad is None else m.grad)
+    p.grad = None
 
 def update(model, master, optimizer, batch, config, logp=None):
     """One optimizer step on a mini-batch (lines 9 and 10), exact for every objective at any micro-batch size.
@@ -573,12 +598,19 @@ def update(model, master, optimizer, batch, config, logp=None):
     logp = all_logprobs(model, batch, config)[0] if logp is None else logp
     loss, weight = credit(logp, batch, config)
     flat = weight.flatten(0, 1)
-    for rows in micro_batches(batch, flat.abs().sum(-1).nonzero()[:, 0].tolist(), config):
+    used = flat.abs().sum(-1).nonzero()[:, 0].tolist()
+    for rows in micro_batches(batch, used, config):
         token_logprobs(model, batch, rows, config)[0].backward(flat[rows])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    holders = list((master if config.offload_gradients else model).parameters())
+    if WORLD > 1 and used:
+        for p in holders:
+            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(holders, config.grad_clip)
     if (loss + norm).isfinite():
         for p, m in zip(model.parameters(), master.parameters()):
-            m.grad = p.grad if m is p or p.grad is None else p.grad.to(m.device, m.dtype)
+            if p.grad is not None and m is not p:
+                m.grad, p.grad = p.grad.to(m.device, m.dtype), None
         optimizer.step()
         for p, m in zip(model.parameters(), master.parameters()):
             p.data.copy_(m.data)
@@ -590,6 +622,11 @@ def update(model, master, optimizer, batch, config, logp=None):
 def train(config):
     """Algorithm 1. Returns the last row of the log. Raises UserError, or SystemExit after Ctrl-C or SIGTERM."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1:  # started by torchrun: questions and micro-batches are shared out, all else every process does alike
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     run = Run(config)
     done, folder = run.restore()
     master, tokenizer = load_model(folder or config.model)  # lines 1 and 2: pi_theta <- pi_0
@@ -606,6 +643,9 @@ def train(config):
         model.activation_checkpointing_enable()
         for p in model.parameters():
             p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
+    if config.offload_gradients:
+        for p, m in zip(model.parameters(), master.parameters()):
+            p.register_post_accumulate_grad_hook(lambda p, m=m: offload(p, m))
     print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, "
           f"{len(problems):,} problems; a step is {config.prompts} questions x {config.group_size} rollouts")
     first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
@@ -613,7 +653,7 @@ def train(config):
         print(f"Pass@1 before training: {first['pass@1_before']:.3f}")
     for step in run.steps(done + 1):  # line 3
         began = time.time()
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        torch.manual_seed((config.seed * 1_000_003 + step) * WORLD + RANK)  # every process draws its own rollouts
         questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
         batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)
         batch["old_logp"], entropy = all_logprobs(model, batch, config)  # line 5: pi_old <- pi_theta
@@ -639,7 +679,7 @@ def train(config):
         if held_out and (last or step % config.eval_every == 0):
             row["pass@1"] = validate(model, tokenizer, held_out, config)
         run.log(step, row | {"seconds": time.time() - began}, questions[0], batch["texts"][0], labels[0].tolist())
-        if last or run.stopped or step % config.save_every == 0:
+        if last or run.stopping() or step % config.save_every == 0:
             run.save(step, master, tokenizer, optimizer)
     return run.finish()
 
@@ -739,14 +779,28 @@ def draw(problems, step, config):
 
 # ==== The run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/ =====================================
 
+def by_one(method):
+    """Let the first process alone do it, while the others wait for its result."""
+    def call(*args):
+        result = [method(*args) if RANK == 0 else None]
+        if WORLD > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
+    return call
+
 class Run:
-    """A folder that one process at a time writes, and in which a checkpoint is whole or absent."""
+    """A folder that one run at a time writes, and in which a checkpoint is whole or absent."""
 
     FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume".split()  # may change on resume
 
     def __init__(self, config):
-        self.config, self.path, self.began = config, config.run, time.time()
-        self.stopped = self.bad = self.idle = 0  # signal number; updates that were not finite, steps without credit
+        self.config, self.path = config, config.run
+        self.signal = self.leave = self.bad = self.idle = 0  # bad updates, steps without credit: each in a row
+        self.open(config)
+
+    @by_one
+    def open(self, config):
+        """Claim the folder for this run."""
         file, new, started = self.path / "config.json", asdict(config), (self.path / "metrics.jsonl").exists()
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
@@ -769,6 +823,7 @@ class Run:
         (self.path / ".part").write_text(text)
         (self.path / ".part").replace(self.path / name)
 
+    @by_one
     def restore(self):
         """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
         step, folder = 0, None
@@ -786,6 +841,7 @@ class Run:
             self.write(file.name, "".join(x for x in whole if json.loads(x)["step"] <= step))
         return step, folder
 
+    @by_one
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced to disk, then renamed."""
         part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
@@ -807,32 +863,41 @@ class Run:
     def steps(self, start):
         """Count steps under a progress bar; after Ctrl-C or SIGTERM, leave when the current one is done and saved."""
         def on_signal(number, frame):
-            if self.stopped:
+            if self.signal == number:
                 os._exit(128 + number)
-            self.stopped = number
+            self.signal = number
             tqdm.write("Stopping after this step. Once more to leave at once.")
 
         before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in tqdm(range(start, self.config.steps + 1), initial=start - 1, total=self.config.steps):
+            for step in tqdm(range(start, self.config.steps + 1), None, self.config.steps, initial=start - 1):
                 yield step
-                if self.stopped:
+                if self.leave:
                     tqdm.write(f"Saved. Go on with: {PYTHON} real.py --output_dir {self.path} --resume")
-                    raise SystemExit(128 + self.stopped)
+                    raise SystemExit(128 + self.leave)
         finally:
             for n, handler in before.items():
                 signal.signal(n, handler)
 
+    def stopping(self):
+        """The number of the signal that ends the run after this step, or 0; all processes agree on it."""
+        signals = torch.tensor(self.signal)
+        if WORLD > 1:
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+        self.leave = int(signals)
+        return self.leave
+
     def check(self, step, result, batch):
         """Count updates in a row that were skipped because loss or gradient was not finite; the third ends the run."""
         self.bad = 0 if (result["loss"] + result["grad_norm"]).isfinite() else self.bad + 1
-        if self.bad:
+        if self.bad and RANK == 0:
             torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-{step}.pt")
             tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: skipped; its "
                        f"batch is in not-finite-{step}.pt, first question {batch['problems'][0]['problem'][:60]!r}")
         if self.bad == 3:
             raise UserError(f"three updates in a row were not finite by step {step}; --resume with a lower --lr")
 
+    @by_one
     def log(self, step, metrics, problem, texts, labels):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step, and a sample at times."""
         row = {k: float(v) for k, v in metrics.items()}
@@ -852,6 +917,7 @@ class Run:
                     "{s_negative:+9.4f} {max_weight:7.3f} {seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)
                     ).format(step, **row))
 
+    @by_one
     def finish(self):
         """Draw the log, say what the run did and what to try next; returns the last row of the log."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
@@ -906,15 +972,35 @@ def parse(argv=None):
     parser.set_defaults(**settings)
     return read()
 
+def out_of_memory(config):
+    """What to lower, and to which value."""
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    flag, value = "max_new_tokens", config.max_new_tokens // 2
+    if config.micro_batch_tokens > longest:
+        flag, value = "micro_batch_tokens", max(longest, config.micro_batch_tokens // 2)
+    more = "" if config.low_memory else ", or set --low_memory true"
+    return (f"out of memory; lower --{flag} from {getattr(config, flag)} to {value}{more}. The last checkpoint in "
+            f"{config.run} is whole")
+
+def fail(message):
+    print(f"real.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
 def main(argv=None):
     """Train as the command line says; bad input ends in one line and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    config = None
+    if RANK > 0:  # one voice
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        train(parse(argv))
+        train(config := parse(argv))
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
-        print(f"real.py: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(e)
+    except RuntimeError as e:
+        if "allocate" not in str(e):  # on the GPU "Tried to allocate", on the CPU "can't allocate memory"
+            raise
+        fail(out_of_memory(config))
     except KeyboardInterrupt:  # while loading: inside the training loop, Run.steps ends the run
         sys.exit(130)
 
