@@ -2,14 +2,22 @@
 
     pip install trl
     python tests/benchmark.py             # some 3 minutes on 2 CPU cores; --quick: one short round, without TRL if absent
+    python tests/benchmark.py --card 24   # on a GPU held to 24 GiB: memory and speed of the 1.5B architecture
 
 Both train the embedded model with the GRPO objective on the same problems: 16 questions x 8 rollouts of at most 48
 tokens, 4 optimizer updates a step, fp32. A step is sampling, labels, log-probabilities and updates; rounds of the two
 alternate, each starts from the same weights, and its first step is not counted.
+
+`--card` needs no download: the weights are random, the architecture is that of DeepSeek-R1-Distill-Qwen-1.5B. It
+prints peak memory and speed of sampling and of one update, next to the card's own measured limits. (`--card 0` runs the
+same code with a two-layer model on the CPU, to test it.)
 """
 
 import argparse
+import copy
+import dataclasses
 import importlib.util
+import math
 import platform
 import statistics
 import sys
@@ -30,7 +38,7 @@ def ours(steps):
     """[(seconds, completion tokens)] of each step of Algorithm 1, its parts called as `train` calls them."""
     model, tokenizer = real.load_model(CONFIG.model)
     problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")
-    optimizer = torch.optim.AdamW(model.parameters(), CONFIG.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), CONFIG.lr, fused=True)
     times = []
     for step in range(1, steps + 2):
         began = time.perf_counter()
@@ -98,10 +106,97 @@ def sampling(repeats):
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
+def optimizers():
+    """Ratio of AdamW's plain to its fused implementation on the CPU, 50 million weights."""
+    weights = [torch.nn.Parameter(torch.randn(4000, 2500)) for _ in range(5)]
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    kinds, times = {fused: torch.optim.AdamW(weights, fused=fused) for fused in (False, True)}, {False: [], True: []}
+    for _ in range(4):
+        for fused, optimizer in kinds.items():
+            began = time.perf_counter()
+            optimizer.step()
+            times[fused].append(time.perf_counter() - began)
+    return statistics.median(times[False][1:]) / statistics.median(times[True][1:])
+
+
+def card(gib):
+    """Memory and speed of the 1.5B architecture in a preset's setting, on a GPU held to `gib` GiB."""
+    device, small = ("cuda" if gib else "cpu"), not gib
+    preset = {12: "1.5b-12gb", 16: "1.5b-16gb"}.get(gib, "1.5b")
+    config = real.Config(**real.PRESETS[preset])
+    if small:
+        config = dataclasses.replace(config, max_new_tokens=64, micro_batch_tokens=512)
+    size = dict(vocab_size=320, hidden_size=96, intermediate_size=256, num_hidden_layers=2) if small else dict(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
+    architecture = transformers.Qwen2Config(**size, num_attention_heads=12, num_key_value_heads=2,
+                                            tie_word_embeddings=False)
+    if gib:
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.mem_get_info()[1])
+
+    def timed(function, repeats=1):
+        """Seconds a call, and the peak of memory in GiB."""
+        if gib:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if gib:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / repeats, torch.cuda.max_memory_allocated() / 2**30 if gib else math.nan
+
+    n = 256 if small else 8192
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    rate = 2 * n**3 / min(timed(lambda: a @ a)[0] for _ in range(5))
+    bandwidth = 2 * a.nbytes / min(timed(lambda: a.clone())[0] for _ in range(5))  # each byte is read and written
+    del a
+    print(f"measured limits: {rate / 1e12:.2f} TFLOP/s in bf16, {bandwidth / 1e9:.0f} GB/s")
+
+    torch.manual_seed(0)
+    master = transformers.AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    model = copy.deepcopy(master).to(device, torch.bfloat16)
+    model.activation_checkpointing_enable()
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    if config.offload_gradients:
+        real.offload_gradients(model, master)
+    weights = sum(p.numel() for p in model.parameters())
+    heads = architecture.num_key_value_heads * architecture.hidden_size // architecture.num_attention_heads
+    cache = 2 * architecture.num_hidden_layers * heads * 2  # bytes a token
+    prompt, length = torch.arange(100, 300), 16 if small else 1024
+    print(f"preset {preset}: {weights:,} weights in {2 * weights / 2**30:.2f} GiB, cache {cache:,} bytes a token")
+
+    for rows in (8, 16) if small else (64, 128, 256):
+        seconds, peak = timed(lambda: real.sample(model, [prompt] * (rows // 8), 8, [], length, 1.0))
+        limit = bandwidth / (2 * weights + rows * cache * (len(prompt) + length / 2)) * rows
+        print(f"sampling {rows:4} rollouts of {length}: {rows * length / seconds:8.0f} tokens/s, "
+              f"{rows * length / seconds / limit:.0%} of the bandwidth limit, peak {peak:.1f} GiB")
+
+    full, groups = config.max_new_tokens, 2
+    mask = torch.ones((groups, 8, full), dtype=torch.bool, device=device)
+    mask[:, 1::2, full // 2 :] = False  # half of the rollouts are half as long
+    batch = {"prompts": [prompt] * groups, "completions": torch.randint(0, 300, mask.shape, device=device), "mask": mask,
+             "lengths": mask.sum(-1) + len(prompt), "labels": torch.arange(8, device=device).expand(groups, 8) % 2 == 0}
+    tokens = int(batch["lengths"].sum())
+    seconds, peak = timed(lambda: batch.update(old_logp=real.all_logprobs(model, batch, config)[0]))
+    print(f"log-probabilities: {tokens / seconds:8.0f} tokens/s, {2 * weights * tokens / seconds / rate:.0%} of the matrix "
+          f"rate, peak {peak:.1f} GiB")
+    optimizer = torch.optim.AdamW(master.parameters(), config.lr, fused=True)
+    seconds, peak = timed(lambda: real.update(model, master, optimizer, batch, config, batch["old_logp"]))
+    print(f"update of {tokens:,} tokens, longest rollout {full}: {seconds:.1f} s, {tokens / seconds:.0f} tokens/s, "
+          f"{6 * weights * tokens / seconds / rate:.0%} of the matrix rate (without recomputation), peak {peak:.1f} GiB")
+    if gib:
+        print(torch.cuda.get_device_name())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of two steps each")
+    parser.add_argument("--card", type=int, metavar="GIB", help="the 1.5B architecture on a GPU held to so many GiB")
     args = parser.parse_args()
+    if args.card is not None:
+        return card(args.card)
     rounds, steps = (1, 2) if args.quick else (3, 10)
     transformers.utils.logging.set_verbosity_error()
     methods = {"real.py": ours} | ({"TRL": trl} if importlib.util.find_spec("trl") else {})
@@ -118,6 +213,8 @@ def main():
     seconds = sampling(2 if args.quick else 15)
     print(f"sampling: real.sample {seconds['sample']:.2f} s, generate {seconds['generate']:.2f} s, "
           f"ratio {seconds['generate'] / seconds['sample']:.2f}")
+    if not args.quick:
+        print(f"AdamW on the CPU: fused {optimizers():.1f} times as fast as plain")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
 

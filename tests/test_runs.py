@@ -370,3 +370,28 @@ def test_soak(tmp_path):
     assert max(v[0] for v in later.values()) < 1.05 * later[first][0]
     assert max(v[1] for v in later.values()) <= later[first][1] + 2
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == list(range(1, 2001))
+
+
+def test_out_of_memory_says_what_to_lower_and_keeps_the_checkpoint(tmp_path):
+    """The limit on memory is real: 100 MiB more than the process has when its second step begins."""
+    flags = ["--output_dir", str(tmp_path), "--group_size", "64", "--eval_every", "0", "--save_every", "1"]
+    code = f"""
+import resource, sys, real
+draw = real.draw
+def limited(problems, step, config):
+    if step == 2:
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 100 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    return draw(problems, step, config)
+real.draw = limited
+real.main({flags} + sys.argv[1:])
+"""
+    def run(*more):
+        return subprocess.run([sys.executable, "-c", code, *more], cwd=ROOT, text=True, capture_output=True, timeout=120)
+
+    assert run("--steps", "1").returncode == 0
+    failed = run("--steps", "2", "--resume", "--micro_batch_tokens", "1000000")
+    last = failed.stderr.strip().splitlines()[-1]
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert "--micro_batch_tokens from 1000000 to 500000" in last and "--low_memory true" in last and str(tmp_path) in last
+    assert real.Run(real.Config(output_dir=str(tmp_path), group_size=64, eval_every=0, resume=True)).restore()[0] == 1

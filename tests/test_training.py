@@ -256,8 +256,9 @@ def test_an_answer_without_the_end_of_thinking_is_wrong(tiny, monkeypatch):
         assert real.rollouts(model, tokenizer, problems[:1], 2, 4, 1.0)["labels"].tolist() == [[right, right]]
 
 
-def test_low_memory_runs_and_resumes(tmp_path):
-    config = replace(QUICK, low_memory=True, save_every=1, output_dir=str(tmp_path / "a"))
+@pytest.mark.parametrize("offload", [False, True])
+def test_low_memory_runs_and_resumes(tmp_path, offload):
+    config = replace(QUICK, low_memory=True, offload_gradients=offload, save_every=1, output_dir=str(tmp_path / "a"))
     real.train(config)
     real.train(replace(config, steps=1, output_dir=str(tmp_path / "b")))
     real.train(replace(config, resume=True, output_dir=str(tmp_path / "b")))
@@ -268,10 +269,13 @@ def test_low_memory_runs_and_resumes(tmp_path):
 def test_low_memory_weights_learn_where_plain_bfloat16_does_not(tiny, batch, monkeypatch):
     """100 updates at lr 2e-6 on the same gradients: the change of the weights against that of an fp32 run."""
     changes = {}
-    for mode in ("fp32", "low memory", "plain bfloat16"):
+    for mode in ("fp32", "low memory", "low memory, gradients offloaded", "plain bfloat16"):
         model = tiny[0].__class__.from_pretrained(Config().model, dtype=torch.float32)
         live = copy.deepcopy(model).bfloat16() if mode != "fp32" else model
-        master = model if mode == "low memory" else live
+        master = live if mode == "plain bfloat16" else model
+        config = replace(QUICK, low_memory=True, offload_gradients=True) if "offloaded" in mode else QUICK
+        if config.offload_gradients:
+            real.offload_gradients(live, master)
         optimizer = torch.optim.AdamW(master.parameters(), 2e-6)
         before = [p.detach().float().clone() for p in master.parameters()]
         noise = torch.Generator().manual_seed(0)
@@ -283,12 +287,13 @@ def test_low_memory_weights_learn_where_plain_bfloat16_does_not(tiny, batch, mon
 
         monkeypatch.setattr(real, "token_logprobs", fake)
         for _ in range(100):
-            real.update(live, master, optimizer, batch, QUICK, batch["old_logp"])
+            real.update(live, master, optimizer, batch, config, batch["old_logp"])
+            assert not any(p.grad is not None for p in [*live.parameters(), *master.parameters()])
         changes[mode] = torch.cat([(m.detach().float() - b).flatten() for m, b in zip(master.parameters(), before)])
     size = changes["fp32"].norm()
     error = {mode: ((change - changes["fp32"]).norm() / size).item() for mode, change in changes.items()}
     print(error)
-    assert error["low memory"] < 0.02 and error["plain bfloat16"] > 0.5
+    assert max(error["low memory"], error["low memory, gradients offloaded"]) < 0.02 and error["plain bfloat16"] > 0.5
 
 
 def test_the_benchmark_runs():
@@ -298,3 +303,4 @@ def test_the_benchmark_runs():
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     assert all(seconds > 0 and tokens > 1000 for seconds, tokens in benchmark.ours(1))
+    benchmark.card(0)
