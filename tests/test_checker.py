@@ -1,10 +1,12 @@
 """The answer checker: what it accepts, what it refuses, and that no input hurts it."""
 
+import doctest
 import time
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import real
 from real import extract_answer, is_correct
 
 
@@ -439,3 +441,8 @@ def test_committed_cases():
         accepted[case["kind"], case["expected"]].append(is_correct(case["response"], case["answer"]))
     for (kind, expected), found in accepted.items():
         assert sum(found) / len(found) >= 0.97 if expected else not any(found), kind
+
+
+def test_the_examples_of_the_docstrings():
+    results = doctest.testmod(real)
+    assert results.failed == 0 and results.attempted >= 2

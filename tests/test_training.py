@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import real
 from real import Config, OBJECTIVES
 
+ROOT = Path(real.__file__).parent
 QUICK = Config(eval_every=0, steps=2, prompts=4, mini_batches=2, group_size=4)
 
 
@@ -254,6 +255,16 @@ def test_an_answer_without_the_end_of_thinking_is_wrong(tiny, monkeypatch):
     for text, right in ((box, False), (f"</think>{box}", True)):
         monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, text=text, **k: text)
         assert real.rollouts(model, tokenizer, problems[:1], 2, 4, 1.0)["labels"].tolist() == [[right, right]]
+
+
+def test_validation_sees_problems_that_training_does_not(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(real, "validate", lambda model, tokenizer, problems, config: seen.append(problems) or 0.5)
+    real.train(replace(QUICK, eval_every=1, eval_limit=100, steps=1, output_dir=str(tmp_path / "run")))
+    held_out, trained = ({json.loads(line)["problem"] for line in (ROOT / "tiny" / f"{split}.jsonl").open()}
+                         for split in ("test", "train"))
+    assert len(seen) == 2 and all(len(problems) == 100 for problems in seen)
+    assert {p["problem"] for p in seen[0]} <= held_out and not held_out & trained
 
 
 @pytest.mark.parametrize("offload", [False, True])
