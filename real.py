@@ -23,7 +23,6 @@ contributes nothing, as in the authors' released code (`--as_printed true` uses 
 the sampling temperature both when sampling and inside log-probabilities.
 """
 
-import atexit
 import copy
 import hashlib
 import inspect
@@ -39,6 +38,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ class Config:
     eval_every: int = arg(20, "steps between validations, also one before and one after (>= 0); 0: none")
     eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
     eval_limit: int = arg(256, "validation problems used (>= 1)")
-    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone (>= 0) (<= 1000000)")
+    seed: int = arg(0, "the random numbers of a step depend on (seed, step, process) alone (>= 0) (<= 1000000)")
     save_every: int = arg(50, "steps between checkpoints (>= 1)")
     keep: int = arg(2, "checkpoints kept (>= 1)")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
@@ -146,7 +146,7 @@ class Config:
 PAPER = dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
     eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6,
-    warmup=0, beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True)
+    warmup=0, beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True, save_every=5)
 PRESETS = {
     "tiny": {},
     "1.5b-12gb": PAPER | dict(max_new_tokens=4096, micro_batch_tokens=10240, offload_gradients=True),
@@ -412,19 +412,19 @@ def credit(logp, batch, config):
 
 # ==== Log-probabilities ==============================================================================================
 
+SHORT = 512  # tokens; in a batch without longer sequences the rollouts of a question share their prompt
+
 def micro_batches(batch, rows, config):
     """Lists of rollouts of similar length, at most `micro_batch_tokens` tokens each once padded (or a single one).
 
     Every process gets its share of the lists; the sum over processes is then what one process would compute.
     """
-    lengths, parts, budget = batch["lengths"], [[]], config.micro_batch_tokens
-    if not config.low_memory:  # whole groups side by side, so that they can share their prompt
+    lengths, parts = batch["lengths"], [[]]
+    if lengths.max() <= SHORT:  # whole groups side by side, so that they can share their prompt
         lengths = lengths.amax(-1, keepdim=True).expand_as(lengths)
     lengths = lengths.flatten().tolist()
-    if WORLD > 1:  # work for all
-        budget = min(budget, sum(lengths[row] for row in rows) // WORLD + 1)
     for row in sorted(rows, key=lengths.__getitem__):
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > budget:
+        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > config.micro_batch_tokens:
             parts.append([])
         parts[-1].append(row)
     return [sorted(part) for part in parts[RANK::WORLD] if part]
@@ -438,16 +438,18 @@ def head_logprobs(hidden, targets, head, temperature):
 def token_logprobs(model, batch, rows, config):
     """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
 
-    `rows`, in rising order, counts rollouts through all groups, 0 to Q*G - 1. Rollouts of one question stand in one
-    sequence behind their common prompt, like the branches of a tree: each attends to the prompt and to itself. The
+    `rows`, in rising order, counts rollouts through all groups, 0 to Q*G - 1. Short rollouts of one question stand in
+    one sequence behind their common prompt, like the branches of a tree: each attends to the prompt and to itself. The
     logits of all tokens never exist together: the LM head takes 1,024 at a time, and again in the backward pass.
     """
     model.train(torch.is_grad_enabled())  # transformers recomputes activations in training mode only
     group_size, T = batch["mask"].shape[1:]
     ids, mask = (batch[k].view(-1, T)[rows] for k in ("completions", "mask"))
-    trees = {}
-    for i, row in enumerate(rows):  # long rollouts outweigh their prompt, and go without the mask below
-        trees.setdefault(row if config.low_memory else row // group_size, []).append(i)
+    c, trees = model.config, {}
+    shared = (batch["lengths"].max() <= SHORT and c.model_type in ("qwen2", "qwen3", "llama")
+              and not getattr(c, "sliding_window", None) and c._attn_implementation == "sdpa")  # others ignore the mask
+    for i, row in enumerate(rows):
+        trees.setdefault(row // group_size if shared else row, []).append(i)
     tokens, branch, position, before = [], [], [], []
     for members in trees.values():
         prompt = batch["prompts"][rows[members[0]] // group_size].to(ids.device)
@@ -458,10 +460,10 @@ def token_logprobs(model, batch, rows, config):
         position.append(torch.cat([count[:n], n + t]))
         before.append(torch.where(t == 0, n, count[n:]) - 1)  # what predicts token t stands before it
     tokens, branch, position = (pad_sequence(x, batch_first=True) for x in (tokens, branch, position))
-    attend = None  # plain causal attention: no real token sees the padding on the right
+    attend = None  # plain causal attention, positions 0, 1, ...: no real token sees the padding on the right
     if len(trees) < len(rows):
-        attend = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
-        attend = attend.tril()[:, None]
+        attend = ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)).tril()[:, None]
+    position = None if attend is None else position
     hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position, use_cache=False)[0]
     hidden = torch.cat([h[b] for h, b in zip(hidden, before)])  # (n, H)
     head = model.get_output_embeddings()
@@ -474,11 +476,11 @@ def token_logprobs(model, batch, rows, config):
 def all_logprobs(model, batch, config):
     """log pi_theta and entropy of every rollout of a batch, (Q, G, T) each, without a graph."""
     shape = batch["mask"].shape
-    logp, entropy = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
+    logp, entropy = both = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
     for rows in micro_batches(batch, range(len(logp)), config):
         logp[rows], entropy[rows] = token_logprobs(model, batch, rows, config)
     if WORLD > 1:
-        dist.all_reduce(logp), dist.all_reduce(entropy)
+        dist.all_reduce(both)
     return logp.view(shape), entropy.view(shape)
 
 # ==== Rollouts =======================================================================================================
@@ -538,7 +540,8 @@ def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature
         free, total = torch.cuda.mem_get_info()
         free = min(free, torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated())
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * model.dtype.itemsize  # bytes
+        kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        token = 2 * c.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize  # bytes
         longest = max(len(p["prompt_ids"]) for p in problems) + max_new_tokens
         rows = int(0.8 * free / (token * longest))
     at_once, groups = max(1, rows // group_size), []
@@ -548,7 +551,7 @@ def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature
             texts = [tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
             groups.append((texts, [is_correct(p["opening"] + text, p["answer"]) for text in texts], *group))
     if WORLD > 1:
-        dist.all_gather_object(parts := [None] * WORLD, [[*g[:2], g[2].cpu(), g[3].cpu()] for g in groups])
+        dist.all_gather_object(parts := [None] * WORLD, [[*g[:2], g[2].cpu().clone(), g[3].cpu().clone()] for g in groups])
         groups = [parts[i % WORLD][i // WORLD] for i in range(len(problems))]
     texts, labels, ids, mask = zip(*groups)
     T = max(m.shape[-1] for m in mask)
@@ -570,9 +573,8 @@ def validate(model, tokenizer, problems, config):
 def offload_gradients(model, master):
     """From now on the gradient of each weight moves to its master on the CPU as soon as a backward pass has it."""
     def move(p):
-        m = masters[p]
-        m.grad = p.grad.to(m.device, m.dtype) + (0 if m.grad is None else m.grad)
-        p.grad = None
+        m, grad = masters[p], p.grad.to(masters[p].device, masters[p].dtype)
+        m.grad, p.grad = grad if m.grad is None else m.grad.add_(grad), None
 
     masters = dict(zip(model.parameters(), master.parameters()))
     for p in masters:
@@ -600,7 +602,7 @@ def update(model, master, optimizer, batch, config, logp=None):
         for p in holders:
             p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(holders, config.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(holders, config.grad_clip).to(loss.device)
     if (loss + norm).isfinite():
         for p, m in zip(model.parameters(), master.parameters()):
             if p.grad is not None and m is not p:
@@ -619,8 +621,7 @@ def train(config):
     if WORLD > 1:  # started by torchrun: questions and micro-batches are shared out, all else every process does alike
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
     run = Run(config)
     done, folder = run.restore()
     master, tokenizer = load_model(folder or config.model)  # lines 1 and 2: pi_theta <- pi_0
@@ -630,7 +631,7 @@ def train(config):
     # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32, on the CPU.
     model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
     reference = load_model(config.model)[0].to(device, model.dtype) if config.needs_reference else None
-    optimizer = torch.optim.AdamW(  # fused: eleven times as fast on the CPU (tests/benchmark.py)
+    optimizer = torch.optim.AdamW(  # fused: many times as fast on the CPU (tests/benchmark.py)
         master.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if folder:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
@@ -785,7 +786,8 @@ def by_one(method):
 class Run:
     """A folder that one run at a time writes, and in which a checkpoint is whole or absent."""
 
-    FREE = "steps save_every keep eval_every micro_batch_tokens output_dir resume".split()  # may change on resume
+    FREE = ("steps save_every keep eval_every micro_batch_tokens max_new_tokens low_memory offload_gradients output_dir "
+            "resume").split()  # may change on resume
 
     def __init__(self, config):
         self.config, self.path = config, config.run
@@ -864,7 +866,7 @@ class Run:
 
         before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for step in tqdm(range(start, self.config.steps + 1), None, self.config.steps, initial=start - 1):
+            for step in tqdm(range(start, self.config.steps + 1), None, self.config.steps, initial=start - 1, disable=RANK > 0):
                 yield step
                 if self.leave:
                     tqdm.write(f"Saved. Go on with: {PYTHON} real.py --output_dir {self.path} --resume")
@@ -875,10 +877,7 @@ class Run:
 
     def stopping(self):
         """The number of the signal that ends the run after this step, or 0; all processes agree on it."""
-        signals = torch.tensor(self.signal)
-        if WORLD > 1:
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-        self.leave = int(signals)
+        self.leave = by_one(lambda: self.signal)()
         return self.leave
 
     def check(self, step, result, batch):
@@ -935,8 +934,12 @@ class Run:
         return rows[-1]
 
 def sha256(path):
-    """Hex digest of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Hex digest of a file, which may be larger than the memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
 
 # ==== Command line ===================================================================================================
 
@@ -962,6 +965,16 @@ def parse(argv=None):
     parser.set_defaults(**settings)
     return read()
 
+def relief(config):
+    """What to change after running out of memory, the mildest remedy first."""
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if config.micro_batch_tokens > longest:
+        return (f"lower --micro_batch_tokens from {config.micro_batch_tokens} to "
+                f"{max(longest, config.micro_batch_tokens // 2)}")
+    if torch.cuda.is_available() and not (config.low_memory and config.offload_gradients):
+        return "set --offload_gradients true" if config.low_memory else "set --low_memory true"
+    return f"lower --max_new_tokens from {config.max_new_tokens} to {config.max_new_tokens // 2}"
+
 def fail(message):
     print(f"real.py: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -972,18 +985,17 @@ def main(argv=None):
     datasets.disable_progress_bars()
     config = None
     if RANK > 0:  # one voice
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     try:
         train(config := parse(argv))
+        if WORLD > 1:
+            dist.destroy_process_group()
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         fail(e)
     except RuntimeError as e:
         if "allocate" not in str(e):  # on the GPU "Tried to allocate", on the CPU "can't allocate memory"
             raise
-        longest = config.max_prompt_tokens + config.max_new_tokens
-        flag = "micro_batch_tokens" if config.micro_batch_tokens > longest else "max_new_tokens"
-        fail(f"out of memory; lower --{flag} from {getattr(config, flag)} to {getattr(config, flag) // 2}"
-             f"{'' if config.low_memory else ' or set --low_memory true'}. The last checkpoint in {config.run} is whole")
+        fail(f"out of memory; {relief(config)}. Checkpoints in {config.run} are whole: --resume goes on")
     except KeyboardInterrupt:  # while loading: inside the training loop, Run.steps ends the run
         sys.exit(130)
 

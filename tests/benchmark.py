@@ -132,11 +132,14 @@ def card(gib):
     architecture = transformers.Qwen2Config(**size, num_attention_heads=12, num_key_value_heads=2,
                                             tie_word_embeddings=False)
     if gib:
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.mem_get_info()[1])
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+        print(f"{torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB, held to {min(total / 2**30, gib):.1f}")
 
     def timed(function, repeats=1):
-        """Seconds a call, and the peak of memory in GiB."""
+        """Seconds a call, and the peak of reserved memory in GiB, which is what the limit counts."""
         if gib:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -144,12 +147,12 @@ def card(gib):
             function()
         if gib:
             torch.cuda.synchronize()
-        return (time.perf_counter() - began) / repeats, torch.cuda.max_memory_allocated() / 2**30 if gib else math.nan
+        return (time.perf_counter() - began) / repeats, torch.cuda.max_memory_reserved() / 2**30 if gib else math.nan
 
     n = 256 if small else 8192
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    rate = 2 * n**3 / min(timed(lambda: a @ a)[0] for _ in range(5))
-    bandwidth = 2 * a.nbytes / min(timed(lambda: a.clone())[0] for _ in range(5))  # each byte is read and written
+    rate = 2 * n**3 / min(timed(lambda: a @ a, 20)[0] for _ in range(3))
+    bandwidth = 2 * a.nbytes / min(timed(lambda: a.clone(), 20)[0] for _ in range(3))  # each byte is read and written
     del a
     print(f"measured limits: {rate / 1e12:.2f} TFLOP/s in bf16, {bandwidth / 1e9:.0f} GB/s")
 
@@ -161,33 +164,46 @@ def card(gib):
         p.grad_dtype = torch.float32
     if config.offload_gradients:
         real.offload_gradients(model, master)
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()  # those multiplied
     heads = architecture.num_key_value_heads * architecture.hidden_size // architecture.num_attention_heads
     cache = 2 * architecture.num_hidden_layers * heads * 2  # bytes a token
-    prompt, length = torch.arange(100, 300), 16 if small else 1024
-    print(f"preset {preset}: {weights:,} weights in {2 * weights / 2**30:.2f} GiB, cache {cache:,} bytes a token")
+    prompts, length = [torch.arange(100, 300 - i % 8) for i in range(32)], 16 if small else 1024
+    print(f"preset {preset}: {weights:,} weights without the input embedding, cache {cache:,} bytes a token")
 
     for rows in (8, 16) if small else (64, 128, 256):
-        seconds, peak = timed(lambda: real.sample(model, [prompt] * (rows // 8), 8, [], length, 1.0))
-        limit = bandwidth / (2 * weights + rows * cache * (len(prompt) + length / 2)) * rows
+        try:
+            seconds, peak = timed(lambda: real.sample(model, prompts[: rows // 8], 8, [], length, 1.0))
+        except torch.OutOfMemoryError:
+            print(f"sampling {rows:4} rollouts of {length}: out of memory")
+            continue
+        limit = bandwidth / (2 * weights + rows * cache * (200 + length / 2)) * rows
         print(f"sampling {rows:4} rollouts of {length}: {rows * length / seconds:8.0f} tokens/s, "
               f"{rows * length / seconds / limit:.0%} of the bandwidth limit, peak {peak:.1f} GiB")
+
+    class Numbers:
+        """In place of a tokenizer: these random weights never end a rollout, so each is as long as the preset allows."""
+        eos_token_id, decode = None, staticmethod(lambda ids, **_: "")
+
+    model.generation_config.eos_token_id = None
+    problems = [{"prompt_ids": p.tolist(), "opening": "", "answer": "1"} for p in prompts[: 2 if small else 32]]
+    seconds, peak = timed(lambda: real.rollouts(model, Numbers, problems, 8, config.max_new_tokens, 1.0))
+    print(f"a step's sampling of {len(problems)} x 8 rollouts of {config.max_new_tokens}: {seconds:.0f} s, peak {peak:.1f} GiB")
 
     full, groups = config.max_new_tokens, 2
     mask = torch.ones((groups, 8, full), dtype=torch.bool, device=device)
     mask[:, 1::2, full // 2 :] = False  # half of the rollouts are half as long
-    batch = {"prompts": [prompt] * groups, "completions": torch.randint(0, 300, mask.shape, device=device), "mask": mask,
-             "lengths": mask.sum(-1) + len(prompt), "labels": torch.arange(8, device=device).expand(groups, 8) % 2 == 0}
+    batch = {"prompts": prompts[:1] * groups, "completions": torch.randint(0, 300, mask.shape, device=device), "mask": mask,
+             "lengths": mask.sum(-1) + len(prompts[0]), "labels": torch.arange(8, device=device).expand(groups, 8) % 2 == 0}
     tokens = int(batch["lengths"].sum())
     seconds, peak = timed(lambda: batch.update(old_logp=real.all_logprobs(model, batch, config)[0]))
     print(f"log-probabilities: {tokens / seconds:8.0f} tokens/s, {2 * weights * tokens / seconds / rate:.0%} of the matrix "
           f"rate, peak {peak:.1f} GiB")
     optimizer = torch.optim.AdamW(master.parameters(), config.lr, fused=True)
+    real.update(model, master, optimizer, batch, config, batch["old_logp"])  # makes the moments
     seconds, peak = timed(lambda: real.update(model, master, optimizer, batch, config, batch["old_logp"]))
     print(f"update of {tokens:,} tokens, longest rollout {full}: {seconds:.1f} s, {tokens / seconds:.0f} tokens/s, "
           f"{6 * weights * tokens / seconds / rate:.0%} of the matrix rate (without recomputation), peak {peak:.1f} GiB")
-    if gib:
-        print(torch.cuda.get_device_name())
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}; attention is not counted as work")
 
 
 def main():

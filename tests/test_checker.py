@@ -344,10 +344,10 @@ HOSTILE = {
 def test_hostile_input_ends_quickly(name):
     for gold in ("5", HOSTILE[name][7:-1]):
         seconds = []
-        for _ in range(3):  # the best of three: another process may have had the processor
-            start = time.perf_counter()
+        for _ in range(3):  # the best of three, in processor time: others may hold the machine
+            start = time.process_time()
             accepted = is_correct(HOSTILE[name], gold)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         assert min(seconds) < 0.05 and not (accepted and gold == "5")
 
 

@@ -393,5 +393,5 @@ real.main({flags} + sys.argv[1:])
     failed = run("--steps", "2", "--resume", "--micro_batch_tokens", "1000000")
     last = failed.stderr.strip().splitlines()[-1]
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert "--micro_batch_tokens from 1000000 to 500000" in last and "--low_memory true" in last and str(tmp_path) in last
+    assert "lower --micro_batch_tokens from 1000000 to 500000" in last and str(tmp_path) in last
     assert real.Run(real.Config(output_dir=str(tmp_path), group_size=64, eval_every=0, resume=True)).restore()[0] == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import real
@@ -36,11 +37,12 @@ def batch(tiny):
 # ---- Log-probabilities ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature, low_memory", [(1.0, False), (0.6, False), (1.0, True)])
-def test_logprobs_match_the_plain_formula(tiny, batch, temperature, low_memory):
-    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight. Low memory: each
-    rollout behind its own prompt; else all rollouts of a question behind one."""
-    model, config = tiny[0], replace(QUICK, temperature=temperature, low_memory=low_memory)
+@pytest.mark.parametrize("temperature, short", [(1.0, real.SHORT), (0.6, real.SHORT), (1.0, 0)])
+def test_logprobs_match_the_plain_formula(tiny, batch, temperature, short, monkeypatch):
+    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight. Short sequences: all
+    rollouts of a question behind one prompt; else each behind its own."""
+    model, config = tiny[0], replace(QUICK, temperature=temperature)
+    monkeypatch.setattr(real, "SHORT", short)
     logp, entropy = real.all_logprobs(model, batch, config)
     total = 0.0
     for q in range(4):
@@ -59,6 +61,30 @@ def test_logprobs_match_the_plain_formula(tiny, batch, temperature, low_memory):
     for p, e in zip(model.parameters(), expected):
         assert torch.allclose(p.grad, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
     model.zero_grad()
+
+
+SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
+
+
+@pytest.mark.parametrize("architecture", [
+    transformers.Qwen2Config(**SIZES), transformers.Qwen3Config(**SIZES), transformers.LlamaConfig(**SIZES),
+    transformers.MistralConfig(**SIZES, sliding_window=8), transformers.Phi3Config(**SIZES, sliding_window=8, pad_token_id=0),
+    transformers.Gemma3TextConfig(**SIZES, sliding_window=8)], ids=lambda c: c.model_type)
+def test_logprobs_of_other_architectures(architecture):
+    """Attention of some layers to a window, too: where a tree of rollouts would be read wrongly, none is made."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32).eval()
+    mask = torch.arange(12) < torch.randint(1, 13, (2, 4, 1))
+    prompts = [torch.randint(1, 50, (n,)) for n in (9, 14)]
+    batch = {"prompts": prompts, "completions": torch.randint(1, 50, (2, 4, 12)), "mask": mask,
+             "lengths": mask.sum(-1) + torch.tensor([[9], [14]])}
+    logp, _ = real.all_logprobs(model, batch, QUICK)
+    for q in range(2):
+        for g in range(4):
+            o = batch["completions"][q, g][mask[q, g]]
+            full = model(input_ids=torch.cat([prompts[q], o])[None]).logits[0].log_softmax(-1)
+            assert torch.allclose(logp[q, g][mask[q, g]], full[len(prompts[q]) - 1 : -1].gather(-1, o[:, None])[:, 0], atol=1e-5)
 
 
 def test_s_bar_is_exactly_zero_before_the_first_update(tiny, batch):
@@ -115,11 +141,12 @@ def test_two_step_gradient_is_the_gradient_of_the_loss(tiny, batch, objective):
         assert (g - e).norm() <= 1e-4 * e.norm()
 
 
-def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+def test_micro_batches_hold_every_row_once_and_keep_the_budget(monkeypatch):
     lengths = [7, 3, 9, 1, 4, 20, 4, 2]
     batch = {"lengths": torch.tensor(lengths).view(4, 2)}
-    for low_memory, rows in ((True, range(8)), (False, range(8)), (True, [1, 4, 6])):
-        parts = list(real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=12, low_memory=low_memory)))
+    for short, rows in ((0, range(8)), (512, range(8)), (0, [1, 4, 6])):
+        monkeypatch.setattr(real, "SHORT", short)
+        parts = real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=12))
         assert sorted(sum(parts, [])) == list(rows) and all(p == sorted(p) for p in parts)
         assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 12 for p in parts)
         assert len(parts) < len(rows)
@@ -127,7 +154,7 @@ def test_micro_batches_hold_every_row_once_and_keep_the_budget():
 
 def test_groups_stay_together_where_they_share_their_prompt():
     batch = {"lengths": torch.tensor([[3, 9], [4, 8], [1, 2]])}
-    parts = list(real.micro_batches(batch, range(6), replace(QUICK, micro_batch_tokens=18)))
+    parts = real.micro_batches(batch, range(6), replace(QUICK, micro_batch_tokens=18))
     assert parts == [[4, 5], [2, 3], [0, 1]]
 
 
