@@ -103,8 +103,8 @@ def corrected_verifier():
 
 def annealed_decoding(hot=1.2, cold=0.5, d=40):
     """EAD (arXiv 2510.05251): token t is sampled at temperature max(1 + hot - e^{t/d}, cold): explore early, be sure
-    late. The paper also corrects the gradient for sampling from another distribution; this does not. Plugs in by
-    wrapping `real.sample`, for training alone."""
+    late. The paper also spares the first tokens and corrects the gradient for sampling from another distribution; this
+    does neither. Plugs in by wrapping `real.sample`, for training alone."""
     sample, validate = real.sample, real.validate
 
     def cooling(model, *args, **kwargs):

@@ -2,4 +2,4 @@
 
 c = get_config()  # noqa: F821, nbgrader defines it
 c.CourseDirectory.course_id = "rewards-as-labels"
-c.ExecutePreprocessor.timeout = 300  # seconds a cell may take
+c.ExecutePreprocessor.timeout = c.ExecutePreprocessor.startup_timeout = 300  # seconds, also for a busy machine
