@@ -34,7 +34,7 @@ def relabel(label):
         model, master, optimizer, batch | {"labels": label(batch)}, *rest)
 
 
-# ---- 1. No answers: the majority is right ------------------------------------------------------------------------------
+# ---- 1. No answers: the majority is right --------------------------------------------------------
 
 
 def majority_labels(responses):
@@ -56,7 +56,7 @@ def majority_vote():
     return {}
 
 
-# ---- 2. One training example ---------------------------------------------------------------------------------------------
+# ---- 2. One training example ---------------------------------------------------------------------
 
 
 def one_example():
@@ -67,7 +67,7 @@ def one_example():
     return {}
 
 
-# ---- 3. A verifier that errs, and a correction -----------------------------------------------------------------------------
+# ---- 3. A verifier that errs, and a correction ---------------------------------------------------
 
 
 def noisy_verifier():
@@ -81,7 +81,8 @@ def real_denoised(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, rho=R
     L = log(1 + sum_k w_k e^{-s_k / tau}) + log(1 + sum_k (1 - w_k) e^{s_k / tau})."""
     seen = labels.to(logp.dtype).mean(-1, keepdim=True)
     share = ((seen - rho) / (1 - 2 * rho)).clamp(0, 1)  # of right rollouts, the noise taken off
-    right, wrong = (torch.where(labels.bool(), 1 - rho, rho) * share, torch.where(labels.bool(), rho, 1 - rho) * (1 - share))
+    right = torch.where(labels.bool(), 1 - rho, rho) * share
+    wrong = torch.where(labels.bool(), rho, 1 - rho) * (1 - share)
     eps = torch.finfo(logp.dtype).eps
     w = (right / (right + wrong).clamp(min=eps)).clamp(eps, 1 - eps)
     z = real.s_bar(logp, old_logp, mask) / tau
@@ -98,7 +99,7 @@ def corrected_verifier():
     return noisy_verifier() | {"objective": "real_denoised"}
 
 
-# ---- 4. Temperature annealed along the response ----------------------------------------------------------------------------
+# ---- 4. Temperature annealed along the response --------------------------------------------------
 
 
 def annealed_decoding(hot=1.2, cold=0.5, d=40):
@@ -130,7 +131,7 @@ def annealed_decoding(hot=1.2, cold=0.5, d=40):
     return {}
 
 
-# ---- 5. A mix of token and sequence ratios -----------------------------------------------------------------------------------
+# ---- 5. A mix of token and sequence ratios -------------------------------------------------------
 
 
 def dhpo(logp, old_logp, mask, labels, *, ref_logp=None, mix=0.5, eps_token=0.2, eps_low=3e-4, eps_high=4e-4):
@@ -152,7 +153,7 @@ def hybrid():
     return {"objective": "dhpo"}
 
 
-# ---- 6. Extrapolate the checkpoints --------------------------------------------------------------------------------------------
+# ---- 6. Extrapolate the checkpoints --------------------------------------------------------------
 
 
 def extrapolate(start, points, steps, target):
@@ -187,7 +188,7 @@ def rank_one():
     return {"steps": 20, "save_every": 5, "keep": 4}
 
 
-# ---- Not an idea but exercise 5's bug ------------------------------------------------------------------------------------------
+# ---- Not an idea but exercise 5's bug ------------------------------------------------------------
 
 
 def end_token_lost():
@@ -227,13 +228,14 @@ def run(name, seed):
 
 def table():
     """Pass@1 before, after 20 and after 40 steps, over the seeds; and the length of the last training rollouts."""
-    print("| run | before | after 20 steps | after 40: mean | lowest | highest | tokens a rollout |\n|---|---|---|---|---|---|---|")
+    print("| run | before | after 20 steps | after 40: mean | lowest | highest | tokens a rollout |")
+    print("|---|---|---|---|---|---|---|")
     for name in RUNS:
         logs = [rows_of(name, seed) for seed in SEEDS]
         end = [log[-1]["pass@1"] for log in logs]
         means = [statistics.mean(x) for x in ([log[0]["pass@1_before"] for log in logs],
                                               [row["pass@1"] for log in logs for row in log if row["step"] == 20], end)]
-        length = statistics.mean([row["response_length"] for row in log if "response_length" in row][-1] for log in logs)
+        length = statistics.mean([row for row in log if "reward" in row][-1]["response_length"] for log in logs)
         print(f"| {name} |", " | ".join(f"{x:.3f}" for x in (*means, min(end), max(end))), f"| {length:.1f} |")
 
 
