@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -32,6 +33,7 @@ def bound(tree):
             yield node.asname or node.name
 
 
+@functools.cache
 def own_names():
     """The top-level names that real.py itself defines, its imports left out."""
     tree = ast.parse(inspect.getsource(real))
