@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-train: .venv/ready
+train: .venv/train
 	$(BIN)/python real.py $(ARGS)
 
-test: .venv/ready
+test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 
-.venv/ready: requirements.txt
+.venv/train: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt .venv/train
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 .PHONY: train test
