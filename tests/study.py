@@ -36,9 +36,15 @@ def real_frozen(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_prin
     return real.real(old_logp + logp - logp.detach(), old_logp, mask, labels, tau=tau, as_printed=as_printed)
 
 
-real.OBJECTIVES["real_frozen"] = real_frozen
+def grpo_frozen(logp, old_logp, mask, labels, *, ref_logp=None):
+    """GRPO likewise: advantage times log-probability, no ratio, no clip, no KL."""
+    return real.grpo(old_logp + logp - logp.detach(), old_logp, mask, labels)
+
+
+real.OBJECTIVES |= {"real_frozen": real_frozen, "grpo_frozen": grpo_frozen}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
 FROZEN = {"frozen credit": {"objective": "real_frozen"}}
+FROZEN_GRPO = {"GRPO, frozen credit": {"objective": "grpo_frozen"}}
 VARIANTS = {  # of REAL; the paper does not give the weight of its KL terms
     "BCE": {"objective": "real_bce"}, "no anchor": {"objective": "real_no_anchor"},
     "tau 0.1": {"tau": 0.1}, "tau 1.0": {"tau": 1.0},
@@ -77,6 +83,7 @@ def plan():
            + seeds("stale", four | FROZEN, same("stale_sweep"), **STALE)
            + seeds("ablation", FROZEN | VARIANTS, same("sweep"))
            + seeds("ablation", hard, lambda _: chosen["sweep", "GRPO"])
+           + seeds("stale", FROZEN_GRPO, lambda _: chosen["stale_sweep", "GRPO"], **STALE)
            + seeds("large_steps", four | FROZEN, same("stale_sweep"), factor=4, **STALE))
 
 
