@@ -44,7 +44,8 @@ def grpo_frozen(logp, old_logp, mask, labels, *, ref_logp=None):
 real.OBJECTIVES |= {"real_frozen": real_frozen, "grpo_frozen": grpo_frozen}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
 FROZEN = {"frozen credit": {"objective": "real_frozen"}}
-FROZEN_GRPO = {"GRPO, frozen credit": {"objective": "grpo_frozen"}}
+WHY = {  # what separates GRPO from REAL: ratios, clip and KL, or the size of its gradients, which grad_clip makes equal
+    "GRPO, frozen credit": {"objective": "grpo_frozen"}, "GRPO, equal steps": {"objective": "grpo", "grad_clip": 0.2}}
 VARIANTS = {  # of REAL; the paper does not give the weight of its KL terms
     "BCE": {"objective": "real_bce"}, "no anchor": {"objective": "real_no_anchor"},
     "tau 0.1": {"tau": 0.1}, "tau 1.0": {"tau": 1.0},
@@ -83,7 +84,7 @@ def plan():
            + seeds("stale", four | FROZEN, same("stale_sweep"), **STALE)
            + seeds("ablation", FROZEN | VARIANTS, same("sweep"))
            + seeds("ablation", hard, lambda _: chosen["sweep", "GRPO"])
-           + seeds("stale", FROZEN_GRPO, lambda _: chosen["stale_sweep", "GRPO"], **STALE)
+           + seeds("stale", WHY, lambda _: chosen["stale_sweep", "GRPO"], **STALE)
            + seeds("large_steps", four | FROZEN, same("stale_sweep"), factor=4, **STALE))
 
 
