@@ -184,6 +184,19 @@ def table(experiment):
     print()
 
 
+def overview():
+    """Print the README's table: Pass@1 at the end, mean and 95% interval over seeds, a column for each experiment."""
+    columns = {"main": "4 updates a step", "stale": "16 updates a step", "large_steps": "16 updates, 4 x learning rate"}
+    found = {e: {m: [rows[-1]["pass@1"] for rows in runs] for m, runs in read(e).items()} for e in (*columns, "ablation")}
+    found["main"] |= found.pop("ablation")
+    print(f"| method | {' | '.join(columns.values())} |\n|---|---|---|---|")
+    for method in dict.fromkeys((*METHODS, *FROZEN, *WHY, *VARIANTS, *found["main"])):
+        cells = [found[e].get(method) for e in columns]
+        cells = ["{:.3f} ± {:.3f}".format(*interval(values)) if values else "" for values in cells]
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="print the tables of the logs that exist")
@@ -195,6 +208,7 @@ def main():
                 missing = [run for run in group if not file_of(*run[:3]).exists()]
                 for _ in tqdm(pool.map(execute, missing), total=len(missing)):
                     pass
+    overview()
     for folder in sorted(LOGS.iterdir()):
         print(f"**{folder.name}** (reward, entropy, solved and length: mean of the last 10 steps)\n")
         table(folder.name)
