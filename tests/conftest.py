@@ -1,4 +1,4 @@
-"""Tests never look for a hub; long tests run with --slow."""
+"""Tests never look for a hub; long tests run with --slow, the notebook with --notebook."""
 
 import os
 
@@ -10,10 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine w
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long tests: 20 kills, soak")
+    parser.addoption("--notebook", action="store_true", help="also execute the notebook, some minutes")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
+    for name in ("slow", "notebook"):
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+            if name in item.keywords and not config.getoption(f"--{name}"):
+                item.add_marker(pytest.mark.skip(reason=f"needs --{name}"))

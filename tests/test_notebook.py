@@ -110,6 +110,7 @@ def test_outputs_are_committed_whole_and_without_errors():
     assert not re.search(r"(?<![\w.])/(?:home|root|tmp|usr|work|Users|content)/", "".join(map(str, outputs)))
 
 
+@pytest.mark.notebook
 def test_it_runs_top_to_bottom():
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "notebook.ipynb", as_version=4)
