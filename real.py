@@ -40,7 +40,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fractions import Fraction
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import datasets
@@ -776,6 +776,7 @@ def draw(problems, step, config):
 
 def by_one(method):
     """Let the first process alone do it, while the others wait for its result."""
+    @wraps(method)
     def call(*args):
         result = [method(*args) if RANK == 0 else None]
         if WORLD > 1:

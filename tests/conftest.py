@@ -16,5 +16,5 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     for name in ("slow", "notebook"):
         for item in items:
-            if name in item.keywords and not config.getoption(f"--{name}"):
+            if item.get_closest_marker(name) and not config.getoption(f"--{name}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{name}"))
