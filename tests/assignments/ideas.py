@@ -202,7 +202,7 @@ def end_token_lost():
 RUNS = {"REAL": dict, "majority vote": majority_vote, "one example": one_example, "noisy verifier": noisy_verifier,
         "noisy verifier, corrected": corrected_verifier, "rank-one extrapolation": rank_one,
         "annealed decoding": annealed_decoding, "hybrid ratios": hybrid, "end token lost (exercise 5)": end_token_lost,
-        "GRPO": lambda: {"objective": "grpo"}, "GSPO": lambda: {"objective": "gspo"}}
+        "GRPO": lambda: {"objective": "grpo"}}
 
 
 def file_of(name, seed):
