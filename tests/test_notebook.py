@@ -4,6 +4,7 @@
 """
 
 import ast
+import base64
 import functools
 import inspect
 import re
@@ -108,6 +109,11 @@ def test_outputs_are_committed_whole_and_without_errors():
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 10
     assert not re.search(r"(?<![\w.])/(?:home|root|tmp|usr|work|Users|content)/", "".join(map(str, outputs)))
+
+
+def test_the_readme_shows_a_figure_of_the_notebook():
+    pictures = [base64.b64decode(o.data["image/png"]) for c in CODE for o in c.outputs if "image/png" in o.get("data", {})]
+    assert (ROOT / "tests" / "logs" / "one_group.png").read_bytes() in pictures
 
 
 @pytest.mark.notebook
