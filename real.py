@@ -977,6 +977,7 @@ def relief(config):
     return f"lower --max_new_tokens from {config.max_new_tokens} to {config.max_new_tokens // 2}"
 
 def fail(message):
+    """End the program with one line and exit code 2."""
     print(f"real.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -43,7 +43,12 @@ def test_logprobs_match_the_plain_formula(tiny, batch, temperature, short, monke
     rollouts of a question behind one prompt; else each behind its own."""
     model, config = tiny[0], replace(QUICK, temperature=temperature)
     monkeypatch.setattr(real, "SHORT", short)
+    sequences = []  # in each forward pass
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sequences.append(len(kwargs["input_ids"])), with_kwargs=True)
     logp, entropy = real.all_logprobs(model, batch, config)
+    hook.remove()
+    assert sum(sequences) == (4 if short else 16)
     total = 0.0
     for q in range(4):
         for g in range(4):
