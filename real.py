@@ -1,30 +1,29 @@
-"""Rewards as Labels (REAL), arXiv 2602.05630, in one file: train a language model with the anchored REAL loss.
+"""Rewards as Labels (REAL), arXiv 2602.05630, in one file: train a language model with REAL.
 
-Sample G answers to a question, let a maths checker label each right or wrong, then treat those labels as
-the classes of a classifier whose logit is how much the policy has moved towards the answer: push the right
-ones above 0 and the wrong ones below.
+Sample G answers to a question and let a maths checker label each right or wrong. Then treat the
+labels as the classes of a classifier whose logit is how much likelier the policy has made an answer
+since it was sampled: push the right ones above 0 and the wrong ones below.
 
-    python real.py                         # the embedded tiny model, about a minute on 2 CPU cores
-    python real.py --preset 1.5b           # DeepSeek-R1-Distill-Qwen-1.5B on DeepScaleR, one GPU
+    python real.py                  # the embedded tiny model, about a minute on 2 CPU cores
+    python real.py --preset 0.5b    # Qwen2.5-0.5B-Instruct on GSM8K, one GPU of 8 GB or more
+    python real.py --help           # every setting
 
-Where the paper is in this file                                 Shapes
-    Eq. 1        grpo                                             Q  questions of a batch
-    Eq. 2        softmax_ce                                       G  rollouts (sampled answers) per question
-    Eq. 3        credit (of grpo)                                 T  tokens of the longest rollout
-    Eq. 4        log_ratio                                        logp, old_logp, mask        (Q, G, T)
-    Eq. 5        s_bar                                            labels, s_bar, |W|          (Q, G)
+Where the paper is in this file          Shapes
+    Eq. 1        grpo, with kl_ref         Q   questions of a batch
+    Eq. 2        softmax_ce                G   rollouts (sampled answers) of a question
+    Eq. 3        credit (of grpo)          T   tokens of the longest rollout
+    Eq. 4        log_ratio                 logp, old_logp, mask    (Q, G, T)
+    Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G)
     Eq. 6, 7, 8  real
-    Eq. 9, 10    credit (of real)
-    Eq. 11       real_bce
-    Algorithm 1  train, each of its lines marked "line N"
+    Eq. 9, 10    credit (of real)        Three places to edit, marked EDIT: an objective,
+    Eq. 11       real_bce                a label, how answers are sampled
+    Algorithm 1  train, its lines marked "line N"
 
-Where this differs from the paper as printed: the README lists it. In short: a group that is all right or all wrong
-contributes nothing, as in the authors' released code (`--as_printed true` uses every group), and logits are divided by
-the sampling temperature both when sampling and inside log-probabilities.
+Where this differs from the paper as printed: the README lists it. In short: a group that is all
+right or all wrong contributes nothing, as in the authors' released code (--as_printed true uses
+every group), and logits are divided by the sampling temperature inside log-probabilities too.
 """
 
-import copy
-import hashlib
 import inspect
 import json
 import math
@@ -32,249 +31,744 @@ import operator as op
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
+import traceback
+import zlib
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from fractions import Fraction
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-HERE = Path(__file__).parent
-PYTHON = "python" if sys.prefix == sys.base_prefix else os.path.relpath(sys.executable)  # for the hints we print
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # of torchrun
-SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."  # follows every problem
+TINY = str(Path(__file__).parent / "tiny")
+SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."
 
 class UserError(ValueError):
-    """Bad input, said in one line that names the flag, file or row and what to do. The command line exits with 2."""
+    """Bad input, said in one line that names the flag, file or row and what to do; exit code 2."""
 
-# ==== Configuration ==================================================================================================
+# ==== Configuration ===============================================================================
 
 def arg(default, help):
-    """A field of Config. A rule such as "(> 0)" in the help text is also enforced."""
     return field(default=default, metadata={"help": help})
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; the command line is made from it. Defaults train the embedded model."""
+    """All settings of a run; the command line is made from it. Defaults: the embedded model."""
 
-    model: str = arg(str(HERE / "tiny"), "Hugging Face model id or folder")
-    dataset: str = arg(str(HERE / "tiny"), "training problems: hub id, folder, or .json .jsonl .csv .parquet file")
-    dataset_config: str | None = arg(None, "configuration of the data set, where the hub asks for one")
-    split: str = arg("train", "split to train on (a single file has no splits)")
-    problem_column: str = arg("problem", "column of the question, also prompt[0].content or context+question")
-    answer_column: str = arg("answer", "column of the answer, or of a list of accepted answers")
-    objective: str = arg("real", "the loss, one of OBJECTIVES")
-    tau: float = arg(0.5, "temperature of the REAL losses (> 0), Sec. 5.1")
-    as_printed: bool = arg(False, "let all-right and all-wrong groups contribute too, as Eq. 8 is printed")
-    kl_ref: float = arg(0.0, "weight of a KL term to the starting model, any objective (>= 0), Sec. 5.3")
-    kl_old: float = arg(0.0, "weight of a KL term to the old policy, any objective (>= 0), Sec. 5.3")
-    prompts: int = arg(16, "questions per step, Q (>= 1); paper: 128")
-    group_size: int = arg(8, "rollouts per question, G (>= 2) (<= 1024), Sec. 5.1")
-    mini_batches: int = arg(4, "updates per step, each on prompts / mini_batches whole groups (>= 1), Sec. 5.1")
-    steps: int = arg(80, "training steps (>= 1); paper: 1,400")
-    lr: float = arg(5e-5, "AdamW learning rate (> 0) (<= 1); paper: 2e-6")
-    warmup: int = arg(20, "updates over which the learning rate rises (>= 0); released code: 0")
-    weight_decay: float = arg(0.01, "AdamW weight decay (>= 0), Sec. 5.1")
-    beta2: float = arg(0.95, "AdamW decay of the second moment (> 0) (< 1); released code: 0.999")
-    grad_clip: float = arg(1.0, "largest norm of a gradient (> 0), released code")
-    temperature: float = arg(1.0, "for sampling and inside log-probabilities (> 0); paper: 0.6")
-    max_prompt_tokens: int = arg(1024, "longer prompts are skipped (>= 1), released code")
-    max_new_tokens: int = arg(48, "longest rollout (>= 1); paper: 8,192")
-    micro_batch_tokens: int = arg(4096, "tokens per forward pass (>= 1); changes memory, not the gradient")
-    low_memory: bool = arg(False, "bfloat16 and recomputed activations on the GPU, fp32 weights and moments on the CPU")
-    offload_gradients: bool = arg(False, "with low_memory: gather gradients on the CPU too; slower, least GPU memory")
-    eval_dataset: str | None = arg(str(HERE / "tiny"), "held-out problems with the same columns")
+    model: str = arg(TINY, "Hugging Face model id or folder")
+    dataset: str = arg(TINY, "training problems: hub id, folder, .json .jsonl .csv .parquet file")
+    dataset_config: str | None = arg(None, "configuration of a hub data set that has several")
+    split: str = arg("train", "split to train on")
+    eval_dataset: str = arg(TINY, "held-out problems, with the same columns")
     eval_split: str = arg("test", "split to validate on")
-    eval_every: int = arg(20, "steps between validations, also one before and one after (>= 0); 0: none")
-    eval_samples: int = arg(16, "samples per validation problem (>= 1), Sec. 5.1")
-    eval_limit: int = arg(256, "validation problems used (>= 1)")
-    seed: int = arg(0, "the random numbers of a step depend on (seed, step, process) alone (>= 0) (<= 1000000)")
-    save_every: int = arg(50, "steps between checkpoints (>= 1)")
-    keep: int = arg(2, "checkpoints kept (>= 1)")
+    problem_column: str = arg("problem", "the question; also prompt[0].content or context+question")
+    answer_column: str = arg("answer", "the answer, or a list of accepted answers")
+    objective: str = arg("real", "the loss, one of OBJECTIVES")
+    tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
+    as_printed: bool = arg(False, "REAL losses: use all-right and all-wrong groups too, Eq. 8")
+    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; none: their own default")
+    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; none: their own default")
+    beta: float | None = arg(None, "beta of TRPA; none: its own default")
+    kl_ref: float = arg(0.0, "weight of a KL to the starting model, any objective, Sec. 5.3")
+    kl_old: float = arg(0.0, "weight of a KL to the old policy, any objective, Sec. 5.3")
+    prompts: int = arg(16, "questions a step, Q; paper: 128")
+    group_size: int = arg(8, "rollouts a question, G, Sec. 5.1")
+    mini_batches: int = arg(4, "updates a step, each on prompts / mini_batches groups, Sec. 5.1")
+    steps: int = arg(80, "training steps; paper: 1,400")
+    lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
+    warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
+    weight_decay: float = arg(0.01, "AdamW weight decay, Sec. 5.1")
+    beta2: float = arg(0.95, "AdamW decay of the second moment, below 1; released code: 0.999")
+    grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
+    temperature: float = arg(1.0, "for sampling and inside log-probabilities; paper: 0.6")
+    max_prompt_tokens: int = arg(1024, "longer prompts are skipped, released code")
+    max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
+    slots: int = arg(2048, "rollouts sampled side by side; each holds a cache in memory")
+    micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
+    low_memory: bool = arg(False, "bf16, activations recomputed; fp32 weights and AdamW on the CPU")
+    eval_every: int = arg(20, "steps between validations, also one before and one after; 0: none")
+    eval_samples: int = arg(8, "samples a validation problem; paper: 16")
+    eval_limit: int = arg(256, "validation problems used")
+    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone")
+    save_every: int = arg(50, "steps between checkpoints")
+    keep: int = arg(2, "checkpoints kept; the newest alone holds AdamW's state")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        holds = {">": op.gt, ">=": op.ge, "<": op.lt, "<=": op.le}
-        for f in fields(self):
-            value, rules = getattr(self, f.name), re.findall(r"\(([<>]=?) (\S+)\)", f.metadata["help"])
-            number = type(value) is int or type(value) is float and f.type is float and math.isfinite(value)
-            if rules and not (number and all(holds[sign](value, float(x)) for sign, x in rules)):
-                rule = " and ".join(map(" ".join, rules))
-                raise UserError(f"--{f.name} must be finite and {rule}, for example {f.default}; it is {value}")
-        if self.prompts % self.mini_batches:
-            raise UserError(f"--mini_batches {self.mini_batches} does not divide --prompts {self.prompts} (they "
-                            f"hold whole groups); try --mini_batches {math.gcd(self.prompts, self.mini_batches)}")
-        if self.offload_gradients and not self.low_memory:
-            raise UserError("--offload_gradients true needs --low_memory true, which keeps the fp32 weights on the CPU")
         if self.objective not in OBJECTIVES:
-            raise UserError(f"--objective {self.objective} is unknown; choose one of {', '.join(OBJECTIVES)}")
+            raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low = 0 if f.name in MAY_BE_0 else 2 if f.name == "group_size" else 1e-12
+            if type(value) in (int, float) and not low <= value < MAX.get(f.name, math.inf):
+                least = "above 0" if low == 1e-12 else f"at least {low}"
+                most = f"below {MAX[f.name]}" if f.name in MAX else "finite"
+                raise UserError(f"--{f.name} must be {least} and {most}; it is {value}")
+            if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
+                raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
+        if self.prompts % self.mini_batches:
+            raise UserError(f"--mini_batches {self.mini_batches} must divide --prompts "
+                            f"{self.prompts}: a mini-batch holds whole groups")
 
     @property
-    def run(self):
+    def folder(self):
         """The run's folder."""
-        return Path(self.output_dir or Path("runs") / f"{Path(self.model).name}-{self.objective}-seed{self.seed}")
+        name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
+        return Path(self.output_dir or Path("runs") / name)
 
     @property
-    def hyperparameters(self):
-        """Those of the loss settings that this objective takes."""
-        taken = inspect.signature(OBJECTIVES[self.objective]).parameters
-        return {name: getattr(self, name) for name in ("tau", "as_printed") if name in taken}
+    def objective_arguments(self):
+        """Names of the objective's arguments: each is a field of Config or a key of the batch."""
+        return inspect.signature(OBJECTIVES[self.objective]).parameters
 
     @property
     def needs_reference(self):
-        """Whether the loss looks at the starting model, which is then held as a second, frozen copy."""
-        return self.kl_ref > 0 or "beta" in inspect.signature(OBJECTIVES[self.objective]).parameters
+        """Whether the loss looks at the starting model, then held as a second, frozen copy."""
+        return self.kl_ref > 0 or "ref_logp" in self.objective_arguments
 
-PAPER = dict(  # Sec. 5.1 and the released code
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
-    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_samples=8, prompts=128, steps=1400, lr=2e-6,
-    warmup=0, beta2=0.999, temperature=0.6, max_new_tokens=8192, micro_batch_tokens=16384, low_memory=True, save_every=5)
-PRESETS = {
+LOSS = "tau as_printed eps_low eps_high beta".split()  # each for some objectives only
+MAY_BE_0 = "kl_ref kl_old warmup weight_decay eval_every seed".split()  # all other numbers: above 0
+MAX = {"beta2": 1, "seed": 2**32, "group_size": 1025}
+
+REAL_MODEL = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True,  # as released
+                  micro_batch_tokens=16384, eval_samples=4, eval_limit=128, save_every=10)
+PAPER = REAL_MODEL | dict(  # Sec. 5.1
+    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
+    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
+    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50)
+PRESETS = {  # what each costs and can be expected to reach: README
     "tiny": {},
-    "1.5b-12gb": PAPER | dict(max_new_tokens=4096, micro_batch_tokens=10240, offload_gradients=True),
-    "1.5b-16gb": PAPER | dict(micro_batch_tokens=9216),
-    "1.5b": PAPER,  # on 24 GB and more
-    "7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000),
+    "0.5b": REAL_MODEL | dict(
+        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
+        eval_dataset="openai/gsm8k", problem_column="question", steps=100, lr=1e-6, temperature=1.0,
+        mini_batches=2, max_new_tokens=512, slots=128, eval_every=25),
+    "1.5b": PAPER | dict(
+        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
+        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
+    "paper": PAPER,
+    "paper-7b": PAPER | dict(
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112),
 }
 
-# ==== Labels: r(o | q) of Algorithm 1, a checker made of regular expressions ========================================
+# ==== Objectives ==================================================================================
+# EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
+# never sees a model. Name it in OBJECTIVES. A setting is a field of Config with the same name.
 
-# An answer is normalised, split into its structure (list, tuple, interval, matrix), and each entry evaluated
-# in exact fractions; equal forms are equal answers. A name (pi, x, apple) is a random fraction, a root its
-# first 400 digits: sqrt(12) - 2 sqrt(3) rounds to 0. What does not parse is text. The caps bound the work.
-MAX_RESPONSE, MAX_ANSWER, MAX_OPEN, MAX_BITS, DIGITS, SCALE = 100_000, 600, 50, 20_000, 300, 10**400
-UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lbs|mph|inch(?:es)?|foot|feet|people|(?:unit|yard"
-        r"|mile|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month|year|way"
-        r"|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))s?)")
-UNITS = rf"{UNIT}(?: ?(?:/|per)? ?(?:{UNIT}|[mhs]))?"  # cm, km/h, miles per hour
+ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
+
+def log_ratio(logp, old_logp, mask):
+    """s_t = log pi_theta(o_t | q) / pi_old(o_t | q), Eq. 4: (Q, G, T), 0 outside the mask."""
+    return torch.where(mask, logp - old_logp, 0.0)
+
+def token_mean(x, mask):
+    """Mean of x over the tokens of each rollout: (Q, G, T) -> (Q, G). An empty rollout gives 0."""
+    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+def s_bar(logp, old_logp, mask):
+    """The logit of a rollout: its mean log-ratio, Eq. 5: (Q, G)."""
+    return token_mean(log_ratio(logp, old_logp, mask), mask)
+
+def softmax_ce(z_p, z_n):
+    """log(1 + sum_j e^{z_n^j} sum_i e^{-z_p^i}), Eq. 2: logits (..., P) and (..., N) -> (...)."""
+    return F.softplus(torch.logsumexp(z_n, -1) + torch.logsumexp(-z_p, -1))
+
+def is_mixed(labels):
+    """(Q,) True where a group holds both right and wrong rollouts."""
+    return labels.bool().any(-1) & ~labels.bool().all(-1)
+
+def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True):
+    """REAL, Eq. 8: mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7). Without anchor: Eq. 2."""
+    positive = labels.bool()
+    z = s_bar(logp, old_logp, mask) / tau
+    z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
+    z_n = z.masked_fill(positive, -ABSENT)  # S_-: likewise e^z_n = 0
+    if anchor:
+        zero = torch.zeros_like(z[:, :1])  # S_0 = {0}: the score of a policy that did not move
+        loss = softmax_ce(z_p, zero) + softmax_ce(zero, z_n)  # L_+ of Eq. 6 and L_- of Eq. 7
+    else:
+        loss = softmax_ce(z_p, z_n)
+    return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
+
+def real_bce(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False):
+    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself."""
+    z = s_bar(logp, old_logp, mask) / tau
+    loss = F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), reduction="none")
+    if as_printed:
+        return loss.sum(-1).mean()
+    mixed = is_mixed(labels)[:, None].expand_as(loss)
+    return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
+
+def clipped(s, labels, eps_low, eps_high):
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) for each token (Q, G, T), Sec. 2.1.
+
+    rho = e^s, and the advantage A = (r - mean) / std of each group, with the unbiased std.
+    """
+    r = labels.to(s.dtype)
+    advantage = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
+    advantage = advantage[..., None]  # (Q, G, 1)
+    rho = s.clamp(-20, 20).exp()
+    return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
+
+def k3(logp, other_logp, mask):
+    """Estimate of KL(pi || pi_other), per token: e^d - d - 1 >= 0 with d = log pi_other - log pi.
+
+    Unbiased for tokens that pi itself has drawn.
+    """
+    d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
+    return d.exp() - d - 1
+
+def kl(logp, other_logp, mask):
+    """k3, mean over tokens, then over rollouts: a term that any objective can take (Sec. 5.3)."""
+    return token_mean(k3(logp, other_logp, mask), mask).mean()
+
+def grpo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.2, drop=False):
+    """GRPO, Eq. 1 without its KL (kl_ref adds it): a clipped policy gradient, mean over tokens of a
+    rollout, then over rollouts. `drop`, the ablation of Fig. 2: no token outside the interval."""
+    s = log_ratio(logp, old_logp, mask)
+    loss = clipped(s, labels, eps_low, eps_high)
+    if drop:
+        rho = s.detach().exp()
+        loss = torch.where((rho >= 1 - eps_low) & (rho <= 1 + eps_high), loss, 0.0)
+    return token_mean(loss, mask).mean()
+
+def dapo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.28):
+    """DAPO: clip-higher, one mean over all tokens of the mini-batch. No dynamic sampling."""
+    loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
+    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+
+def gspo(logp, old_logp, mask, labels, *, eps_low=3e-4, eps_high=4e-4):
+    """GSPO: the ratio of a whole rollout, e^s_bar, clipped; its gradient spread over tokens."""
+    s = s_bar(logp, old_logp, mask).detach()[..., None]  # (Q, G, 1)
+    s = s + (logp - logp.detach())  # (Q, G, T): the value of s_bar, the gradient of log pi(o_t)
+    return token_mean(clipped(s.clamp(max=10), labels, eps_low, eps_high), mask).mean()
+
+def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
+    """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, measured against the
+    starting model, which it alone is defined by; plus a small KL to the old policy."""
+    h = token_mean(log_ratio(logp, ref_logp, mask), mask)  # (Q, G)
+    pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): right, wrong
+    loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
+    loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
+    kl_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum()
+    return loss.mean() + 0.001 * kl_old / mask.sum().clamp(min=1)
+
+OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
+    "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
+
+def credit(logp, batch, config):
+    """The loss and its derivative by each log-probability: how hard each token is pushed.
+
+    Returns the scalar loss and dL/dlogp (Q, G, T); minus means "make it likelier". Its size is
+    Eq. 9 (with Eq. 10) over Q |o| for REAL and Eq. 3 for GRPO: all that tells methods apart is
+    in this tensor. The objective's arguments are looked up by name in `batch` and `config`.
+    """
+    given = vars(config) | batch
+    settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
+    with torch.enable_grad():
+        logp = logp.detach().requires_grad_()
+        loss = OBJECTIVES[config.objective](logp, **settings)
+        if config.kl_ref:
+            loss = loss + config.kl_ref * kl(logp, batch["ref_logp"], batch["mask"])
+        if config.kl_old:
+            loss = loss + config.kl_old * kl(logp, batch["old_logp"], batch["mask"])
+        return loss.detach(), torch.autograd.grad(loss, logp)[0]
+
+# ==== Log-probabilities ===========================================================================
+
+def micro_batches(batch, rows, config):
+    """Lists of rollouts, each of at most micro_batch_tokens once padded (or of a single rollout).
+
+    `rows` are numbers of rollouts, counted through all groups: 0 to Q*G - 1. Those of a group stay
+    neighbours, to share their prompt; groups of like length stand together, to save padding.
+    """
+    G, lengths, parts = batch["labels"].shape[1], batch["lengths"].flatten().tolist(), [[]]
+    longest = batch["lengths"].amax(-1).tolist()
+    for i in sorted(rows, key=lambda i: (longest[i // G], i // G, lengths[i])):
+        width = max(lengths[k] for k in [*parts[-1], i])
+        if parts[-1] and (len(parts[-1]) + 1) * width > config.micro_batch_tokens:
+            parts.append([])
+        parts[-1].append(i)
+    return [sorted(part) for part in parts if part]
+
+def head_logprobs(hidden, targets, head, temperature):
+    """Hidden states (n, H) and next tokens (n,) -> log-probabilities (n,), in fp32."""
+    return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+
+def token_logprobs(model, batch, rows, config):
+    """log pi_theta(o_t | q, o_<t) of some rollouts: (len(rows), T), 0 outside the mask.
+
+    Two questions with a rollout each, T = 3:
+        prompts [5 6], [7 8 9]    completions [2 3 1]    mask [1 1 1]
+                                              [4 1 0]         [1 1 0]
+        -> [log pi(2 | 5 6)    log pi(3 | 5 6 2)    log pi(1 | 5 6 2 3)]
+           [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
+
+    A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
+    Where activations are recomputed (low_memory) no cache is allowed: each rollout then stands
+    behind a copy of its prompt. The logits of all tokens never exist together: the LM head takes
+    512 tokens at a time, and again in the backward pass.
+    """
+    for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    G, device = batch["labels"].shape[1], batch["mask"].device
+    completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))  # (n, T)
+    count = mask.sum(-1, keepdim=True)  # (n, 1)
+    if config.low_memory:
+        prompts = [batch["prompts"][i // G] for i in rows]
+        sequences = [torch.cat([q, o[:n]]) for q, o, n in zip(prompts, completions, count)]
+        ids = pad_sequence(sequences, batch_first=True)
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]  # causal: padding is unseen
+        column = torch.arange(ids.shape[1], device=device)
+        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # it predicts token 0
+        hidden = hidden[(column >= first) & (column < first + count)]  # (tokens, H)
+    else:
+        question, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
+        prompts, repeats = [batch["prompts"][q] for q in question], repeats.to(device)
+        ids = pad_sequence([q[:-1] for q in prompts], batch_first=True)
+        cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(repeats)
+        last = torch.stack([q[-1:] for q in prompts]).repeat_interleave(repeats, 0)  # (n, 1)
+        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)
+        first = first.repeat_interleave(repeats, 0)
+        column, T = torch.arange(ids.shape[1] + mask.shape[1], device=device), mask.shape[1]
+        hidden = model.base_model(  # the last token of the prompt predicts token 0, and so on
+            input_ids=torch.cat([last, completions[:, :-1]], 1),  # (n, T)
+            attention_mask=(column < first) | (column >= ids.shape[1]),  # all but the padding
+            position_ids=first + column[:T], past_key_values=cache)[0]
+        hidden = hidden[mask]  # (tokens, H)
+    head = model.get_output_embeddings()
+    logp = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
+            for h, o in zip(hidden.split(512), completions[mask].split(512))]
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(logp))
+
+def all_logprobs(model, batch, config):
+    """log pi_theta of every rollout of a batch: (Q, G, T)."""
+    logp = torch.zeros(batch["mask"].shape, device=batch["mask"].device).flatten(0, 1)
+    for rows in micro_batches(batch, range(len(logp)), config):
+        logp[rows] = token_logprobs(model, batch, rows, config)
+    return logp.view(batch["mask"].shape)
+
+# ==== Sampling ====================================================================================
+
+class Slots:
+    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
+
+    def __init__(self, slots, columns):
+        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
+
+    def refill(self, model, active, prompts, G):
+        """Move the slots `active` to the front and read each new prompt once, into G slots more."""
+        for x in self.kv:
+            x[: len(active), :, : self.width] = x[active, :, : self.width]
+        if prompts:
+            ids = pad_sequence(prompts, batch_first=True)  # its padding is overwritten before seen
+            layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+            read = [x for layer in layers for x in (layer.keys, layer.values)]
+            self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
+                                  for x in read]
+            for x, new in zip(self.kv, read):
+                new = new.repeat_interleave(G, 0)
+                x[len(active) : len(active) + len(new), :, : new.shape[2]] = new
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Each attention layer calls this: store a token's keys and values, return all of them."""
+        slot = torch.arange(len(self.at), device=keys.device)
+        for x, new in zip(self.kv[2 * layer :], (keys, values)):
+            x[slot, :, self.at] = new[:, :, 0]
+        return [x[: len(slot), :, : self.width] for x in self.kv[2 * layer : 2 * layer + 2]]
+
+    def get_seq_length(self, *args):
+        return 0
+
+def next_token(logits, temperature, top_p):
+    """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,). Temperature 0: argmax."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:  # keep the fewest tokens that hold this much probability
+        p, order = p.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+        p = torch.zeros_like(p).scatter(-1, order, p)
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race that token i wins with p_i
+
+@torch.no_grad()
+def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0, slots=1024):
+    """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
+
+    prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
+    side by side. When a group's worth of them has ended, the next prompt is read into their slots;
+    when no prompt is left, those that have ended leave. Inside a token the host never waits.
+    """
+    model.eval()
+    device, G, total = model.device, group_size, len(prompts) * group_size
+    every, ends = 16 if device.type == "cuda" else 1, torch.tensor(ends, device=device)
+    slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
+    cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
+    ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
+    # of each slot: its rollout (`total`: ended), its last token and that one's column, its length
+    rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
+    finite, bar = torch.tensor(True, device=device), tqdm(desc="sampling", unit=" tokens", delay=5)
+    while True:
+        active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
+        if len(active) <= 0.75 * len(rollout):
+            free = (slots - len(active)) // G
+            new, waiting = waiting[:free], waiting[free:]
+            cache.refill(model, active, [prompts[q] for q in new], G)
+            new = [[q * G + g, prompts[q][-1], len(prompts[q]) - 1, 0]
+                   for q in new for g in range(G)]
+            new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
+            old = torch.stack([rollout, token, at, t])[:, active]
+            rollout, token, at, t = torch.cat([old, new], 1)
+        if not len(rollout):
+            break
+        cache.width = int(at.max()) + 1
+        for _ in range(every):  # one token of every slot: the place for a CUDA graph
+            cache.at = at
+            see = torch.arange(cache.width, device=device) <= at[:, None]
+            logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
+                           attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
+            finite &= logits.amax().isfinite()
+            token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
+            ids[rollout, t] = token  # ended slots write to the spare last row
+            t, at = t + 1, at + 1
+            rollout = rollout.masked_fill(torch.isin(token, ends) | (t == max_new_tokens), total)
+            t, at = t.clamp(max=max_new_tokens - 1), at.clamp(max=cache.columns - 1)
+            cache.width = min(cache.width + 1, cache.columns)
+        bar.update(every * len(rollout))
+        if not finite:
+            raise UserError("the model's logits are not finite: its weights are ruined; start "
+                            "again with a lower --lr")
+    bar.close()
+    ended = torch.isin(ids[:total], ends)
+    mask = ended.cumsum(-1) - ended.long() == 0  # (critical) up to the first end token, inclusive
+    T = int(mask.sum(-1).max())
+    return [x[:, :T].view(len(prompts), G, T) for x in (ids[:total] * mask, mask)]
+
+def label_group(problem, texts):
+    """EDIT: the labels of a group of answers to one problem, here each by the maths checker."""
+    return [is_correct(text, problem["answer"]) for text in texts]
+
+def rollouts(model, tokenizer, problems, group_size, config, label=label_group, top_p=1.0):
+    """A group of rollouts of each problem and their labels, as a batch: a dict of length-Q values.
+
+    problems     list of dicts, see load_problems         prompts    list of (tokens,) int64
+    completions  (Q, G, T) int64, 0 after the end         mask       (Q, G, T) bool
+    lengths      (Q, G) int64, prompt and completion      labels     (Q, G) bool
+    texts        Q lists of G str, as decoded             ended      (Q, G) bool, False: cut off
+    `train` adds old_logp and, where the loss looks at it, ref_logp: (Q, G, T) float32.
+    """
+    prompts = [torch.tensor(p["prompt_ids"], device=model.device) for p in problems]
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ids, mask = sample(model, prompts, group_size, sorted(ends), config.max_new_tokens,
+                       config.temperature, top_p, config.slots)
+    texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
+             for group in zip(ids, mask)]
+    labels = [label(p, [p["opening"] + text for text in group])
+              for p, group in zip(problems, texts)]
+    lengths = mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=ids.device)
+    ended = (mask & torch.isin(ids, torch.tensor(sorted(ends), device=ids.device))).any(-1)
+    return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
+            "lengths": lengths, "texts": texts, "ended": ended,
+            "labels": torch.tensor(labels, dtype=torch.bool, device=ids.device)}
+
+def validate(model, tokenizer, problems, config):
+    """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
+    torch.manual_seed(config.seed)
+    batch = rollouts(model, tokenizer, problems, config.eval_samples, config)
+    return batch["labels"].float().mean().item()
+
+# ==== Update and training =========================================================================
+
+def round_weights(model):
+    """Weights to bf16. (critical) Buffers stay fp32: rounded rotary phases are off by radians."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+
+def make_optimizer(model, config):
+    """AdamW over fp32 weights: those of the model or, with low_memory, the ones it is rounded from.
+
+    At lr 2e-6 most updates are smaller than the spacing of bf16 numbers, so they have to gather in
+    fp32. With low_memory these weights, their gradients and moments stay on the CPU: a gradient
+    moves there as soon as it exists, and rounded weights come back after each step.
+    """
+    weights = list(model.parameters())
+    if config.low_memory:
+        weights = [p.detach().cpu().requires_grad_() for p in weights]
+        round_weights(model)
+        model.gradient_checkpointing_enable()
+        transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
+                              pin_memory=torch.cuda.is_available())
+        home = dict(zip(model.parameters(), weights))
+
+        def move(p):
+            home[p].grad += transit[: p.numel()].view_as(p).copy_(p.grad)
+            p.grad = None
+
+        for p, w in home.items():
+            w.grad = torch.zeros_like(w)
+            p.register_post_accumulate_grad_hook(move)
+    optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
+        weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    if config.low_memory:
+        optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
+    return optimizer
+
+def update(model, optimizer, batch, config):
+    """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
+
+    An objective couples the rollouts of a group, so it cannot be cut into micro-batches. The chain
+    rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
+    factor without a model, then each micro-batch brings its share of the sum. If all is a single
+    micro-batch, the graph of its log-probabilities is there already. Without any credit, or when
+    the loss or gradient is not finite, the weights stay as they are.
+    Returns the loss, the norm of the gradient, and s_bar and |W| of each rollout.
+    """
+    Q, G, T = batch["mask"].shape
+    whole = len(micro_batches(batch, range(Q * G), config)) == 1
+    with torch.set_grad_enabled(whole):
+        logp = all_logprobs(model, batch, config)
+    loss, push = credit(logp, batch, config)  # push = dL/dlogp, (Q, G, T)
+    rows = push.flatten(0, 1).any(-1).nonzero()[:, 0].tolist()
+    if rows and whole:
+        logp.backward(push)  # dL/dtheta = push * dlogp/dtheta
+    elif rows:
+        for part in micro_batches(batch, rows, config):
+            token_logprobs(model, batch, part, config).backward(push.flatten(0, 1)[part])
+    weights = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip).to(loss.device)
+    if rows and (loss + norm).isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=not config.low_memory)
+    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # Q: from the mean
+            "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
+
+def draw(problems, step, config):
+    """The questions of a step. Each pass over the data is a new order that the seed decides."""
+    chosen = []
+    for i in range((step - 1) * config.prompts, step * config.prompts):
+        epoch, k = divmod(i, len(problems))
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        chosen.append(problems[torch.randperm(len(problems), generator=order)[k]])
+    return chosen
+
+def train(config, label=label_group):
+    """Algorithm 1. `label(problem, texts)` gives the G labels of a group.
+
+    Returns the last row of the log. Raises UserError, and SystemExit after Ctrl-C or SIGTERM once
+    the step at work is saved.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Run(config) as run:
+        model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1, 2
+        problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
+        held_out = []
+        if config.eval_every:
+            held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
+            held_out = held_out[: config.eval_limit]
+        check_model(model, problems + held_out, config)
+        adam_state = run.load(model)
+        optimizer = make_optimizer(model.to(device), config)
+        if adam_state:
+            optimizer.load_state_dict(adam_state)
+        reference = load_model(config.model)[0].to(device) if config.needs_reference else None
+        if reference and config.low_memory:
+            round_weights(reference)
+        run.start(model, problems)
+        row = {}
+        if held_out and not run.done:
+            row["pass@1_before"] = validate(model, tokenizer, held_out, config)
+
+        for step in run.steps():  # line 3
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
+            batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
+            size = config.prompts // config.mini_batches
+            parts = [{k: v[i : i + size] for k, v in batch.items()}
+                     for i in range(0, config.prompts, size)]
+            with torch.no_grad():  # line 5; (critical) with the very forward passes of `update`, so
+                for part in parts:  # that s_bar is exactly 0 before the first one
+                    part["old_logp"] = all_logprobs(model, part, config)
+                    if reference:
+                        part["ref_logp"] = all_logprobs(reference, part, config)
+            updates = []
+            for part in parts:  # line 8
+                number = (step - 1) * config.mini_batches + len(updates) + 1
+                optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
+                updates.append(update(model, optimizer, part, config))  # lines 9 and 10
+                run.check(step, updates[-1])
+            row |= metrics(batch, parts, updates)
+            last = step == config.steps
+            if held_out and (last or step % config.eval_every == 0):
+                row["pass@1"] = validate(model, tokenizer, held_out, config)
+            run.log(step, row, batch)
+            if last or run.signal or step % config.save_every == 0:
+                run.save(step, model, tokenizer, optimizer)
+            row = {}
+        return run.finish()  # line 13
+
+# ==== Here the algorithm ends =====================================================================
+# What follows: the numbers of the log, the checker, models and data, the run's folder, command line.
+
+def metrics(batch, parts, updates):
+    """What a step did, as numbers; the README says what each means."""
+    mask, labels = batch["mask"], batch["labels"]
+    old_logp, s, weight, loss, norm = (torch.cat([torch.atleast_1d(x[k]) for x in xs]) for xs, k in (
+        (parts, "old_logp"), (updates, "s_bar"), (updates, "weight"), (updates, "loss"),
+        (updates, "grad_norm")))
+    return {"loss": loss.mean(), "reward": labels.float().mean(),
+            "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
+            "cut_off": 1 - batch["ended"].float().mean(),
+            "entropy": -old_logp[mask].mean(),  # an estimate: the tokens were drawn from pi_old
+            "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
+            "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
+            "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
+            "spread_weight": weight.std(), "grad_norm": norm.max()}
+
+# ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
+
+# Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, interval,
+# matrix, ...) and evaluated in exact fractions; equal forms are equal answers. A name (π, x, apple)
+# is a random fraction, a root its first 400 digits. What does not parse is text. No algebra is done.
+MAX_RESPONSE, MAX_ANSWER, MAX_OPEN, MAX_BITS = 100_000, 600, 50, 20_000  # these bound the work
+SYMBOLS = dict(pair.split("→") for pair in r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ √→√ sqrt→√
+    \sqrt→√ pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥
+    \ge→≥ \geq→≥ \geqslant→≥ \approx→= and→, or→, \{→{ \}→} \\→),( &→, \dfrac→\frac \tfrac→\frac
+    \cfrac→\frac sin→\sin cos→\cos tan→\tan log→\log ln→\ln ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8
+    ⁹→9 \circ→° @→? \dollar→@dollar %→@percent \%→@percent percent→@percent $→~ \$→~ €→~ £→~ \(→~
+    \)→~ \[→~ \]→~ \left→~ \right→~ \displaystyle→~ \quad→~ \qquad→~""".split())
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
-SYMBOLS = {"−": "-", "–": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ",
-           "±": r"\pm ", "°": "@degr", "∪": r"\cup ", r"\{": "⦃", r"\}": "⦄", "@": "?"}  # \{ as one character
-
-def _unit(match: re.Match) -> str:
-    """A unit becomes @name (m, s or N only inside \\text{}); \\text{} of anything else is unwrapped."""
-    is_unit = re.fullmatch(UNITS + "|[mgshLNJWVAKC](?:/[a-z]+)?", match[1].strip())
-    return "@" + re.sub("[^a-z]", "", match[1].lower()).rstrip("es") if is_unit else f" {match[1]} "
-
-REWRITES = [(re.compile(pattern.replace("§", "(?![A-Za-z])")), new) for pattern, new in [  # §: no letter here
-    (r"\\begin\{[pb]matrix\}", "[("), (r"(\\\\\s*)?\\end\{[pb]matrix\}", ")]"), (r"\\\\", "),("), ("&", ","),
-    ("|".join(map(re.escape, SYMBOLS)), lambda m: SYMBOLS[m[0]]),
-    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + m[0].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) + "}"),
-    (r"(?<=\d)(?:,?\\!|\\,|\{,\})\s*(?=\d{3}(?!\d))", ""),  # thousands: 10,\!080  10\,080  10{,}080
-    (r"\\\$ ?([\d,.]*\d)", r"\1@dollar"), (r"\\?[$€£]|\\[()\[\]]", " "),  # \$5, $..$, \(..\), \[..\]
-    (r"(\\([!,;:> ]|(left|right|displaystyle|q?quad)§)|~|\s)+", " "), (r"\\?%|\bpercent§", "@percent"),
-    (TEXT + r"\{([^{}]*)\}", _unit), (TEXT + r"(?=\{)", ""), (rf"(?<=[\d)}}]) ?({UNITS})§", _unit),
-    (r"\^ ?(\\circ|{ ?\\circ ?})", "@degr"), (r"\*\*", "^"), (r"\\([lg])eq§", r"\\\1e"), (r"\\approx§", "="),
-    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?=[^)\]⦄]*$)", lambda m: m[0].replace(",", "")),  # not (1,234)
-    (r"\\(times|cdot)§|(?<=\d) ?x ?(?=10 ?\^)", "*"), (r"\\[dtc]frac", r"\\frac"), (r"^ *[a-z] ?\\in§", ""),
-    (r"(?<![A-Za-z\\])(and|or)§", ","), (r"(?<![A-Za-z\\])(sqrt|pi|infty|sin|cos|tan|log|ln)§", r"\\\1"),
-    (r"\\sqrt ?(\d+)", r"\\sqrt{\1}"), (r"(\\frac) ?(\d)", r"\1{\2}"), (r"(\\frac ?{[^{}]*})(\d)", r"\1{\2}"),
-    (r"(?<=\d)E(?=[+-]?\d)", "e"), (r"(?<=\d) ?\\frac ?{(\d+)} ?{(\d+)}", r" \1/\2"),
-    (r"(?<![\w.}/*^])(\d+) (\d+/\d+)(?!\.?\d)", r"(\1+\2)"), (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),
-    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda m: m[0].lower()), (r"^ +|[ .,;:]+$", "")]]  # words ignore case
-NAME = r"@[a-z]*|\d+_(?:\d+|{\d+})|\\(?:pi|infty)(?![a-z])|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z])(?:_\w|_{\w+})?"
-TOKEN = re.compile(NAME + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\(?:frac|sqrt)(?![A-Za-z])|[^\s¦]")
-FREE = re.compile(r"(?<![\\A-Za-z])(?![ei](?![A-Za-z]))[A-Za-z@]|\\infty")  # a name other than pi, e, i
-REPLY_LHS = r"(?=[^=]*[A-Za-z])([_^(]{?\d+|[^\d=,;]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+="  # f(2) =, AB + AC =
-GOLD_LHS = r"(\\?[A-Za-z]+(_{?\w+}?)?( ?\([A-Za-z, ]*\))?|\([A-Za-z, ]+\)) *="  # x =, f(x) =, but not a + b =
-
-def _power(base: Fraction, k: Fraction) -> Fraction:
-    if k.denominator > 1 or (base.numerator * base.denominator).bit_length() * abs(k) > MAX_BITS:
-        raise ValueError("not a small integer power")
-    return base ** int(k)
-
-APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, _power)}
+UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard|mile"
+        r"|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month|year"
+        r"|way|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))")
+RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
+    (r"(\\left ?[([] *)?\\begin *\{([pb]matrix|array\} *\{[clr|]+)\}", "[("),  # \begin{bmatrix} -> [(
+    (r"(\\\\\s*)?\\end *\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # \end{bmatrix} -> )]
+    (r"(?<=\d)(?<!\d{4})(,?\\!|\\,|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
+    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234, but (1,234)
+     lambda match: match[0].replace(",", "")),
+    (r"\\\$ ?([\d,.]*\d)", r"\1\\dollar"),  # \$5 -> 5\dollar
+    ("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}"),  # 10⁻³ -> 10^{⁻³}
+    (r"\*\*|[<>]=|\\?([A-Za-z]+|.)", lambda match: SYMBOLS.get(match[0], match[0])),  # 2\pi -> 2π
+    (TEXT + r"\{[ ~]*([mgshLNJWVAKC](/[a-z]+)?)[ ~]*\}", r"@\1"),  # 5\text{ m} -> 5@m
+    (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
+    (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
+    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?( ?(/|per) ?({UNIT}|[mhs]))?(?![A-Za-z])", r"@\1\3"),  # 5 cm -> 5@cm
+    (r"(\^ ?)?\{? ?° ?\}?", "@degree"),  # 36^{°} -> 36@degree
+    (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),  # 4.5 x 10^33 -> 4.5*10^33
+    (r"^ *[a-z] ?\\in(?![A-Za-z])", ""),  # x \in [2, 3] ->  [2, 3]
+    (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
+    (r"(?<![\w.}/*^])(\d+)( ?\\frac{+(\d+)}+{+(\d+)}+| (\d+)/(\d+)(?!\.?\d))",  # 2 1/2 -> (2+1/2)
+     r"(\1+\3\5/\4\6)"),
+    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\}", r"\1\2 "),  # x^{2}y -> x^2 y
+    (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
+    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda match: match[0].lower()),  # Even -> even
+    (r"^ +|[ .,;:]+$", "")]]  # 5. -> 5
+NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
+TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
+GOLD_LHS = r"((\\?[A-Za-z]+(_{?\w+}?)? ?( ?\([A-Za-z, ]*\))?|\([A-Za-z, ]+\)) *=)?"  # x =, f(x) =
+REPLY_LHS = r"((?=[^=]*[A-Za-z])([_^(]\d+|[^\d=,;]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?"  # AB + AC =
+APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, op.pow)}
 
 def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
-    """Precedence climbing over a reversed token list; ValueError for what is not a number."""
+    """Precedence climbing over reversed tokens, up to a closing bracket; ValueError if no number."""
     token = tokens.pop()
-    if token in ("+", "-"):
-        value = _evaluate(tokens, max(level, 1)) * (1 if token == "+" else -1)
-    elif token in ("(", "{"):
+    if token in "+-":
+        value = _evaluate(tokens, max(level, 1)) * int(token + "1")
+    elif token in "({":
         value, _ = _evaluate(tokens), tokens.pop()  # brackets are balanced already
     elif token == r"\frac":
         value = _evaluate(tokens, 3) / _evaluate(tokens, 3)
-    elif token == r"\sqrt":
-        value = Fraction(math.isqrt(int(_evaluate(tokens, 3) * SCALE**2)), SCALE)
-    elif re.fullmatch(NAME, token):  # the same name, the same fraction
-        value = Fraction(random.Random(re.sub("[{}]", "", token)).getrandbits(200), 10**60 + 7)
+    elif token == "√":
+        value = Fraction(math.isqrt(int(_evaluate(tokens, 3) * 10**800)), 10**400)
+    elif NAME.fullmatch(token):  # the same name, the same fraction
+        value = Fraction(random.Random(token).getrandbits(200), 10**60 + 7)
     else:
         value = Fraction(token)
-    while tokens[-1] not in ("", ")", "}") and APPLY.get(tokens[-1], APPLY["*"])[0] > level:
-        if (re.match(r"\.?\d", tokens[-1]) or value == 0 and tokens[-1] not in APPLY
-                or (value.numerator * value.denominator).bit_length() > MAX_BITS):
-            raise ValueError("two numbers side by side are two answers, 0 maybe is not 0; or too large")
-        precedence, apply = APPLY[tokens.pop() if tokens[-1] in APPLY else "*"]
-        value = apply(value, _evaluate(tokens, precedence))
+    while tokens[-1] not in ")}" and APPLY.get(tokens[-1], APPLY["*"])[0] > level:
+        sign = tokens.pop() if tokens[-1] in APPLY else ""
+        hedge = sign == "" and (value == 0 or tokens[-1][0] in ".0123456789")  # 0 apples; 5 6
+        precedence, apply = APPLY[sign or "*"]
+        right = _evaluate(tokens, precedence)
+        power = abs(right) if sign == "^" else 1
+        bits = power * (value.numerator * value.denominator).bit_length()
+        if hedge or bits > MAX_BITS or power.denominator > 1:
+            raise ValueError("two answers, or too large, or a root")
+        value = apply(value, right)
     return value
 
-def _split(text: str, *marks: str) -> list[str]:
+def _split(text: str, marks: str) -> list[str]:
     """Split outside all brackets; nothing comes back where a bracket closes that was not opened."""
     parts, depth = [""], 0
-    for token in re.findall("|".join(map(re.escape, marks)) + "|.", text):
-        depth += (token in "([{⦃") - (token in ")]}⦄")
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
         if depth < 0:
             return []
-        parts[-1:] = [parts[-1], ""] if depth == 0 and token in marks else [parts[-1] + token]
+        parts[-1:] = [parts[-1], ""] if depth == 0 and char in marks else [parts[-1] + char]
     return [part.strip() for part in parts if part.strip()]
 
 def _canonical(text: str) -> tuple:
-    """A hashable form of a normalised answer; equal forms are equal answers."""
-    items = [part.replace(r"\pm", sign) for part in _split(text, ",", ";")
-             for sign in ("+-" if r"\pm" in part.split("⦃")[0] else "+")]
-    for kind, parts in (("list", items), ("union", _split(text, r"\cup")), ("equal", _split(text, "="))):
-        if len(parts) > 1:
-            forms = Counter(map(_canonical, parts))  # without order; and 2 + 3 = 5 is 5
-            return (kind, frozenset(forms.items())) if kind == "list" or len(forms) > 1 else next(iter(forms))
-    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",", ";")
-    if inside and pair in ("{}", "⦃⦄"):
+    """A hashable form of a rewritten answer; equal forms are equal answers."""
+    pair, inside, items = text[:1] + text[-1:], _split(text[1:-1], ",;"), _split(text, ",;")
+    if inside and pair == "{}":
         return _canonical(text[1:-1].strip())
+    items = [item.replace("±", s) for item in items for s in ("+-" if "±" in item else "+")]
+    for kind, parts in ("list", items), ("union", _split(text, "∪")), ("equal", _split(text, "=")):
+        if len(parts) > 1:
+            forms = Counter(map(_canonical, parts))  # without order
+            single = kind != "list" and len(forms) == 1  # 2 + 3 = 5 is 5
+            return [*forms][0] if single else (kind, frozenset(forms.items()))
+    if len(sides := re.split("([<>≤≥])", text)) > 1:
+        if sides[1] in ">≥":  # x ≥ 5 is 5 ≤ x
+            sides = [side.translate(str.maketrans(">≥<≤", "<≤>≥")) for side in sides[::-1]]
+        return "order", *sides[1::2], *map(_canonical, sides[::2])
     if len(inside) > 1 and pair in ("()", "[]", "(]", "[)"):  # (2,251,252) is a triple
         return pair, *map(_canonical, inside)
-    try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or to collect would be algebra
-        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text), "¦") if FREE.search(text) else items
-        return "value", *sorted(round(_evaluate(["", *TOKEN.findall(t)[::-1]]), DIGITS) for t in terms or "?")
+    try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
+        free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
+        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦,;") or "?"
+        values = [_evaluate([")", *TOKEN.findall(term)[::-1]]) for term in terms]
+        return "value", *sorted(round(value, 300) for value in values)  # roots are rounded
     except (ValueError, IndexError, ZeroDivisionError, RecursionError):
         return "text", re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 def _same(gold: str, reply: str) -> bool:
-    if gold == reply or len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN:
+    large = len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN
+    if gold == reply or large:
         return gold.strip() == reply.strip() != ""
-    for pattern, new in REWRITES:
+    for pattern, new in RULES:
         gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
     if ("=" in gold) != ("=" in reply):  # one of them says x =
-        gold, reply = [text.replace(lhs[0], "").strip() if (lhs := re.match(pattern, text)) else text
-                       for text, pattern in ((gold, GOLD_LHS), (reply, REPLY_LHS))]
+        gold = gold.replace(re.match(GOLD_LHS, gold)[0], "").strip()
+        reply = reply.replace(re.match(REPLY_LHS, reply)[0], "").strip()
     readings = [reply]
     if ("@" in gold) != ("@" in reply):  # one of them has a unit
         gold, reply = sorted((gold, reply), key=lambda text: "@" in text)
-        bare = re.sub(r"@[a-z]*( ?\^ ?(\d|{-?\d}))?", " ", reply).strip()
+        bare = re.sub(r"@[A-Za-z]*(/[a-z]+)?( ?\^ ?-?\d)?", " ", reply).strip()
         readings = [bare, reply.replace("@percent", "/100")]
     return gold != "" and _canonical(gold) in map(_canonical, readings)
 
 def extract_answer(response: str) -> str | None:
-    r"""Content of the \boxed{} or \fbox{} that closes last, after the last </think>; None if there is none.
+    r"""Content of the \boxed{} or \fbox{} that closes last, after the last </think>, or None.
 
-    A <think> that is never closed gives None; without think tags the whole response is read. Where the prompt
-    ends in <think> (R1-style chat templates), pass "<think>" + completion: then a missing </think> counts.
+    An open <think> gives None. Where the prompt ends in <think>, pass "<think>" + completion.
     >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
@@ -288,441 +782,85 @@ def extract_answer(response: str) -> str | None:
     return answer
 
 def is_correct(response: str, answer: str | int | float | list) -> bool:
-    r"""True if the boxed answer has the value and the structure of `answer`, or of any one in a list of them.
+    r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
 
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, (list, tuple)) else [answer]
+    reply, golds = extract_answer(response), answer if isinstance(answer, list) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
-# ==== Objectives ======================================================================================================
-# Pure functions (logp, old_logp, mask, labels, *, ref_logp=None, hyperparameters) -> scalar loss; they never see a
-# model. To add one: write the function, name it in OBJECTIVES.
+# ==== Models and data =============================================================================
 
-ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN in the gradient
-
-def log_ratio(logp, old_logp, mask):
-    """s_t = log pi_theta(o_t | q) / pi_old(o_t | q), Eq. 4. (Q, G, T), 0 where `mask` is false."""
-    return torch.where(mask, logp - old_logp, 0.0)
-
-def token_mean(x, mask):
-    """Mean of x over the tokens of each rollout: (Q, G, T) -> (Q, G). An empty rollout gives 0."""
-    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
-
-def s_bar(logp, old_logp, mask):
-    """The logit of a rollout: its mean log-ratio, Eq. 5. (Q, G)."""
-    return token_mean(log_ratio(logp, old_logp, mask), mask)
-
-def softmax_ce(z_p, z_n):
-    """log(1 + sum_j e^{z_n^j} sum_i e^{-z_p^i}), Eq. 2. Positive logits (..., P), negative logits (..., N) -> (...)."""
-    return F.softplus(torch.logsumexp(z_n, -1) + torch.logsumexp(-z_p, -1))
-
-def is_mixed(labels):
-    """(Q,) True where a group holds both right and wrong rollouts."""
-    return labels.bool().any(-1) & ~labels.bool().all(-1)
-
-def real(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False, anchor=True):
-    """REAL: the mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7), which is Eq. 8. Without anchor (Sec. 4.2): Eq. 2."""
-    positive = labels.bool()
-    z = s_bar(logp, old_logp, mask) / tau
-    z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
-    z_n = z.masked_fill(positive, -ABSENT)  # S_-: likewise e^z_n = 0
-    if anchor:
-        zero = torch.zeros_like(z[:, :1])  # S_0 = {0}: one more logit, at the score of a policy that did not move
-        loss = softmax_ce(z_p, zero) + softmax_ce(zero, z_n)  # L_+ of Eq. 6 and L_- of Eq. 7
-    else:
-        loss = softmax_ce(z_p, z_n)
-    return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
-
-def real_bce(logp, old_logp, mask, labels, *, ref_logp=None, tau=0.5, as_printed=False):
-    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself."""
-    z = s_bar(logp, old_logp, mask) / tau
-    loss = F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), reduction="none")
-    if as_printed:
-        return loss.sum(-1).mean()
-    mixed = is_mixed(labels)[:, None].expand_as(loss)
-    return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
-
-def clipped(s, labels, eps_low, eps_high):
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) per token (Q, G, T), with rho = e^s and the advantage
-    A = (r - mean) / std of each group (unbiased std), Sec. 2.1."""
-    r = labels.to(s.dtype)
-    advantage = ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6))[..., None]  # (Q, G, 1)
-    rho = s.clamp(-20, 20).exp()
-    return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
-
-def k3(logp, other_logp, mask):
-    """Unbiased, non-negative estimate of KL(pi || pi_other) per token: e^d - d - 1, d = log pi_other - log pi."""
-    d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
-    return d.exp() - d - 1
-
-def kl(logp, other_logp, mask):
-    """k3, mean over tokens, then over rollouts; a term that any objective can take (Sec. 5.3)."""
-    return token_mean(k3(logp, other_logp, mask), mask).mean()
-
-def grpo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.2, beta=0.001, drop=False):
-    """GRPO, Eq. 1: clipped policy gradient, token mean per rollout, then mean over rollouts; KL if `ref_logp`."""
-    loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
-    if drop:  # Fig. 2's ablation: without any token whose ratio has left the interval, in right and wrong rollouts
-        rho = log_ratio(logp, old_logp, mask).detach().exp()
-        loss = torch.where((rho >= 1 - eps_low) & (rho <= 1 + eps_high), loss, 0.0)
-    loss = token_mean(loss, mask).mean()
-    return loss if ref_logp is None else loss + beta * kl(logp, ref_logp, mask)
-
-def dapo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=0.2, eps_high=0.28):
-    """DAPO: clip-higher, and one mean over all tokens of the mini-batch. No dynamic sampling."""
-    loss = clipped(log_ratio(logp, old_logp, mask), labels, eps_low, eps_high)
-    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
-
-def gspo(logp, old_logp, mask, labels, *, ref_logp=None, eps_low=3e-4, eps_high=4e-4):
-    """GSPO: the ratio of a whole rollout, e^s_bar, clipped; its gradient spread over tokens."""
-    s = s_bar(logp, old_logp, mask).detach()[..., None] + (logp - logp.detach())  # value s_bar, gradient of log pi_t
-    loss = clipped(s.clamp(max=10), labels, eps_low, eps_high)
-    return token_mean(loss, mask).mean()
-
-def trpa(logp, old_logp, mask, labels, *, ref_logp=None, beta=0.1):
-    """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, against the reference; small KL to old."""
-    h = token_mean(log_ratio(logp, ref_logp, mask), mask)  # (Q, G)
-    pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): row right, column wrong
-    loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
-    loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
-    kl_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum() / mask.sum().clamp(min=1)
-    return loss.mean() + 0.001 * kl_old
-
-OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
-    "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
-
-def credit(logp, batch, config):
-    """The loss and its derivative by every log-probability: how hard each token of each rollout is pushed.
-
-    Returns the scalar loss and dL/dlogp (Q, G, T), a minus sign meaning "make it likelier". Its size is Eq. 9 (with
-    Eq. 10) over |o| and Q for REAL, Eq. 3 for GRPO: the whole difference between methods is in this tensor.
-    """
-    logp = logp.detach().requires_grad_()
-    old_logp, mask, ref_logp = batch["old_logp"], batch["mask"], batch.get("ref_logp")
-    objective = OBJECTIVES[config.objective]
-    with torch.enable_grad():
-        loss = objective(logp, old_logp, mask, batch["labels"], ref_logp=ref_logp, **config.hyperparameters)
-        if config.kl_ref:
-            loss = loss + config.kl_ref * kl(logp, ref_logp, mask)
-        if config.kl_old:
-            loss = loss + config.kl_old * kl(logp, old_logp, mask)
-    return loss.detach(), torch.autograd.grad(loss, logp)[0]
-
-# ==== Log-probabilities ==============================================================================================
-
-SHORT = 512  # tokens; in a batch without longer sequences the rollouts of a question share their prompt
-
-def micro_batches(batch, rows, config):
-    """Lists of rollouts of similar length, at most `micro_batch_tokens` tokens each once padded (or a single one).
-
-    Every process gets its share of the lists; the sum over processes is then what one process would compute.
-    """
-    lengths, parts = batch["lengths"], [[]]
-    if lengths.max() <= SHORT:  # whole groups side by side, so that they can share their prompt
-        lengths = lengths.amax(-1, keepdim=True).expand_as(lengths)
-    lengths = lengths.flatten().tolist()
-    for row in sorted(rows, key=lengths.__getitem__):
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[row] > config.micro_batch_tokens:
-            parts.append([])
-        parts[-1].append(row)
-    return [sorted(part) for part in parts[RANK::WORLD] if part]
-
-def head_logprobs(hidden, targets, head, temperature):
-    """Hidden states (n, H), next tokens (n,) -> their log-probability (n,), and entropy (n,) if no graph is kept."""
-    logp = (head(hidden).float() / temperature).log_softmax(-1)  # (n, vocabulary)
-    entropy = None if torch.is_grad_enabled() else -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], entropy
-
-def token_logprobs(model, batch, rows, config):
-    """log pi_theta(o_t | q, o_<t) of some rollouts, (len(rows), T), and the entropy; 0 outside the mask.
-
-    `rows`, in rising order, counts rollouts through all groups, 0 to Q*G - 1. Short rollouts of one question stand in
-    one sequence behind their common prompt, like the branches of a tree: each attends to the prompt and to itself. The
-    logits of all tokens never exist together: the LM head takes 1,024 at a time, and again in the backward pass.
-    """
-    model.train(torch.is_grad_enabled())  # transformers recomputes activations in training mode only
-    group_size, T = batch["mask"].shape[1:]
-    ids, mask = (batch[k].view(-1, T)[rows] for k in ("completions", "mask"))
-    c, trees = model.config, {}
-    shared = (batch["lengths"].max() <= SHORT and c.model_type in ("qwen2", "qwen3", "llama")
-              and not getattr(c, "sliding_window", None) and c._attn_implementation == "sdpa")  # others ignore the mask
-    for i, row in enumerate(rows):
-        trees.setdefault(row // group_size if shared else row, []).append(i)
-    tokens, branch, position, before = [], [], [], []
-    for members in trees.values():
-        prompt = batch["prompts"][rows[members[0]] // group_size].to(ids.device)
-        row, t = mask[members].nonzero(as_tuple=True)
-        n, count = len(prompt), torch.arange(len(prompt) + len(row), device=ids.device)
-        tokens.append(torch.cat([prompt, ids[members][row, t]]))
-        branch.append(torch.cat([torch.zeros_like(prompt), row + 1]))
-        position.append(torch.cat([count[:n], n + t]))
-        before.append(torch.where(t == 0, n, count[n:]) - 1)  # what predicts token t stands before it
-    tokens, branch, position = (pad_sequence(x, batch_first=True) for x in (tokens, branch, position))
-    attend = None  # plain causal attention, positions 0, 1, ...: no real token sees the padding on the right
-    if len(trees) < len(rows):
-        attend = ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)).tril()[:, None]
-    position = None if attend is None else position
-    hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position, use_cache=False)[0]
-    hidden = torch.cat([h[b] for h, b in zip(hidden, before)])  # (n, H)
-    head = model.get_output_embeddings()
-    chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-              for h, o in zip(hidden.split(1024), ids[mask].split(1024))]
-    zeros = torch.zeros(mask.shape, device=ids.device)
-    return [zeros.masked_scatter(mask, torch.cat(c)) if c[0] is not None else None for c in zip(*chunks)]
-
-@torch.no_grad()
-def all_logprobs(model, batch, config):
-    """log pi_theta and entropy of every rollout of a batch, (Q, G, T) each, without a graph."""
-    shape = batch["mask"].shape
-    logp, entropy = both = torch.zeros((2, shape[0] * shape[1], shape[2]), device=batch["mask"].device)
-    for rows in micro_batches(batch, range(len(logp)), config):
-        logp[rows], entropy[rows] = token_logprobs(model, batch, rows, config)
-    if WORLD > 1:
-        dist.all_reduce(both)
-    return logp.view(shape), entropy.view(shape)
-
-# ==== Rollouts =======================================================================================================
-
-@torch.no_grad()
-def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0):
-    """Draw `group_size` rollouts of each prompt: o_t ~ pi(. | q, o_<t), token by token, until one of `ends`.
-
-    prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T); the mask is true up to the first end token,
-    inclusive. Temperature 0 takes the likeliest token. A prompt is read once for its whole group, and rollouts that
-    have ended leave the batch: nearly twice as fast as `generate` on the embedded model (tests/benchmark.py).
-    """
-    model.eval()
-    device, rows = model.device, torch.arange(len(prompts) * group_size, device=model.device)  # rows: still running
-    ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
-    attend = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left").to(device)
-    position = (attend.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=attend, position_ids=position, use_cache=True, logits_to_keep=1)
-    if not out.logits.isfinite().all():
-        raise UserError("the model's logits are not finite, its weights are ruined; start again with a lower --lr")
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)
-    attend, position, logits = (x.repeat_interleave(group_size, 0)
-                                for x in (attend, position[:, -1:], out.logits[:, -1]))
-    tokens = torch.zeros((len(rows), max_new_tokens), dtype=torch.long, device=device)
-    mask = torch.zeros((len(rows), max_new_tokens), dtype=torch.bool, device=device)
-    running, ends = torch.ones(len(rows), dtype=torch.bool, device=device), torch.tensor(ends, device=device)
-    for t in range(max_new_tokens):
-        p = (logits.float() / max(temperature, 1e-6)).softmax(-1)
-        if top_p < 1:  # keep the fewest tokens that hold this much probability
-            p, order = p.sort(-1, descending=True)
-            p = torch.zeros_like(p).scatter(-1, order, p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0))
-        token = torch.multinomial(p, 1)[:, 0] if temperature > 0 else logits.argmax(-1)
-        tokens[rows[running], t], mask[rows[running], t] = token[running], True
-        running &= ~torch.isin(token, ends)
-        if t + 1 == max_new_tokens or not running.any():
-            break
-        if running.float().mean() < 0.75:
-            cache.batch_select_indices(running.nonzero()[:, 0])
-            rows, attend, position, token, running = (x[running] for x in (rows, attend, position, token, running))
-        attend, position = F.pad(attend, (0, 1), value=1), position + 1
-        logits = model(input_ids=token[:, None], attention_mask=attend, position_ids=position,
-                       past_key_values=cache, use_cache=True).logits[:, -1]
-    return [x[:, : t + 1].view(len(prompts), group_size, -1) for x in (tokens, mask)]
-
-def rollouts(model, tokenizer, problems, group_size, max_new_tokens, temperature, top_p=1.0):
-    """A group of rollouts of each problem and their labels, as a batch: a dict whose values all have length Q.
-
-    Every process samples its share of the groups and gets the batch of all. On a GPU, as many groups are sampled at a
-    time as the free memory can hold the key-value cache of.
-    """
-    own, c, rows, device = problems[RANK::WORLD], model.config, 1024, model.device
-    ends = model.generation_config.eos_token_id
-    ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        free = min(free, torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_allocated())
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        kv_heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        token = 2 * c.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize  # bytes
-        longest = max(len(p["prompt_ids"]) for p in problems) + max_new_tokens
-        rows = int(0.8 * free / (token * longest))
-    at_once, groups = max(1, rows // group_size), []
-    for i in range(0, len(own), at_once):
-        prompts = [torch.tensor(p["prompt_ids"]) for p in own[i : i + at_once]]
-        for p, *group in zip(own[i:], *sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p)):
-            texts = [tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
-            groups.append((texts, [is_correct(p["opening"] + text, p["answer"]) for text in texts], *group))
-    if WORLD > 1:
-        dist.all_gather_object(parts := [None] * WORLD, [[*g[:2], g[2].cpu().clone(), g[3].cpu().clone()] for g in groups])
-        groups = [parts[i % WORLD][i // WORLD] for i in range(len(problems))]
-    texts, labels, ids, mask = zip(*groups)
-    T = max(m.shape[-1] for m in mask)
-    ids, mask = (torch.stack([F.pad(x, (0, T - x.shape[-1])) for x in xs]).to(device) for xs in (ids, mask))  # (Q, G, T)
-    prompts = [torch.tensor(p["prompt_ids"]) for p in problems]
-    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts], device=device)
-    ended = (mask & torch.isin(ids, torch.tensor(ends, device=device))).any(-1)  # the others were cut off
-    return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
-            "texts": list(texts), "ended": ended, "labels": torch.tensor(labels, device=device)}
-
-def validate(model, tokenizer, problems, config):
-    """Pass@1: the share of right answers among `eval_samples` rollouts of each problem."""
-    torch.manual_seed(config.seed * WORLD + RANK)
-    batch = rollouts(model, tokenizer, problems, config.eval_samples, config.max_new_tokens, config.temperature)
-    return batch["labels"].float().mean().item()
-
-# ==== Update and training ============================================================================================
-
-def offload_gradients(model, master):
-    """From now on the gradient of each weight moves to its master on the CPU as soon as a backward pass has it."""
-    def move(p):
-        m, grad = masters[p], p.grad.to(masters[p].device, masters[p].dtype)
-        m.grad, p.grad = grad if m.grad is None else m.grad.add_(grad), None
-
-    masters = dict(zip(model.parameters(), master.parameters()))
-    for p in masters:
-        p.register_post_accumulate_grad_hook(move)
-
-def update(model, master, optimizer, batch, config, logp=None):
-    """One optimizer step on a mini-batch (lines 9 and 10), exact for every objective at any micro-batch size.
-
-    An objective couples the rollouts of a group, so it cannot be cut into micro-batches. But once its derivative by
-    the log-probabilities is known (`credit`), each rollout can be differentiated by itself, by the chain rule:
-    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta. Rollouts without credit need no backward pass at all, and
-    a mini-batch without any leaves the weights alone.
-    `logp`: log-probabilities under the current weights, if known already. `master`: the fp32 weights that the
-    optimizer holds; `model` itself, or what its bfloat16 weights are rounded from. A loss or gradient that is not
-    finite changes nothing. Returns the loss, the gradient's norm, and s_bar and |W| of each rollout.
-    """
-    logp = all_logprobs(model, batch, config)[0] if logp is None else logp
-    loss, weight = credit(logp, batch, config)
-    flat = weight.flatten(0, 1)
-    used = flat.abs().sum(-1).nonzero()[:, 0].tolist()
-    for rows in micro_batches(batch, used, config):
-        token_logprobs(model, batch, rows, config)[0].backward(flat[rows])
-    holders = list((master if config.offload_gradients else model).parameters())
-    if WORLD > 1 and used:
-        for p in holders:
-            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(holders, config.grad_clip).to(loss.device)
-    if (loss + norm).isfinite():
-        for p, m in zip(model.parameters(), master.parameters()):
-            if p.grad is not None and m is not p:
-                m.grad, p.grad = p.grad.to(m.device, m.dtype), None
-        optimizer.step()
-        for p, m in zip(model.parameters(), master.parameters()):
-            p.data.copy_(m.data)
-    model.zero_grad()
-    master.zero_grad()
-    return {"loss": loss, "grad_norm": norm, "s_bar": s_bar(logp, batch["old_logp"], batch["mask"]),
-            "weight": weight.sum(-1).abs() * len(weight)}  # times Q, as the loss is a mean over questions
-
-def train(config):
-    """Algorithm 1. Returns the last row of the log. Raises UserError, or SystemExit after Ctrl-C or SIGTERM."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1:  # started by torchrun: questions and micro-batches are shared out, all else every process does alike
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
-    run = Run(config)
-    done, folder = run.restore()
-    master, tokenizer = load_model(folder or config.model)  # lines 1 and 2: pi_theta <- pi_0
-    problems = load_problems(tokenizer, config, config.dataset, config.split)
-    held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split) if config.eval_every else []
-    held_out = held_out[: config.eval_limit]
-    # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32, on the CPU.
-    model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
-    reference = load_model(config.model)[0].to(device, model.dtype) if config.needs_reference else None
-    optimizer = torch.optim.AdamW(  # fused: many times as fast on the CPU (tests/benchmark.py)
-        master.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
-    if folder:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    if config.low_memory:
-        model.activation_checkpointing_enable()
-        for p in model.parameters():
-            p.grad_dtype = torch.float32  # so that micro-batches add up without rounding
-    if config.offload_gradients:
-        offload_gradients(model, master)
-    print(f"{config.objective} on {shown(config.model)}: {model.num_parameters():,} parameters on {device}, "
-          f"{len(problems):,} problems; a step is {config.prompts} questions x {config.group_size} rollouts")
-    first = {"pass@1_before": validate(model, tokenizer, held_out, config)} if held_out and not done else {}
-    if first:
-        print(f"Pass@1 before training: {first['pass@1_before']:.3f}")
-    for step in run.steps(done + 1):  # line 3
-        began = time.time()
-        torch.manual_seed((config.seed * 1_000_003 + step) * WORLD + RANK)  # every process draws its own rollouts
-        questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
-        batch = rollouts(model, tokenizer, questions, config.group_size, config.max_new_tokens, config.temperature)
-        batch["old_logp"], entropy = all_logprobs(model, batch, config)  # line 5: pi_old <- pi_theta
-        if reference:
-            batch["ref_logp"] = all_logprobs(reference, batch, config)[0]
-        results, size = [], config.prompts // config.mini_batches
-        for i in range(config.mini_batches):  # line 8
-            number = (step - 1) * config.mini_batches + i + 1
-            optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
-            part = {k: v[i * size : (i + 1) * size] for k, v in batch.items()}
-            results.append(update(model, master, optimizer, part, config, part["old_logp"] if i == 0 else None))
-            run.check(step, results[-1], part)
-
-        labels, mask, last = batch["labels"], batch["mask"], step == config.steps
-        joined = {k: torch.cat([torch.atleast_1d(r[k]) for r in results]) for k in results[0]}
-        s, weight = joined["s_bar"], joined["weight"]
-        row = {"loss": joined["loss"].mean(), "reward": labels.float().mean(), "solved": labels.all(-1).float().mean(),
-               "mixed": is_mixed(labels).float().mean(), "entropy": entropy.sum() / mask.sum(),
-               "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
-               "s_negative": s[~labels].mean(), "max_weight": weight.max(), "spread_weight": weight.std(),
-               "grad_norm": joined["grad_norm"].max(), **first}
-        first = {}
-        if held_out and (last or step % config.eval_every == 0):
-            row["pass@1"] = validate(model, tokenizer, held_out, config)
-        run.log(step, row | {"seconds": time.time() - began}, questions[0], batch["texts"][0], labels[0].tolist())
-        if last or run.stopping() or step % config.save_every == 0:
-            run.save(step, master, tokenizer, optimizer)
-    return run.finish()
-
-# Here the algorithm ends. What follows loads models and data, keeps the run's folder and reads the command line.
-
-# ==== Model and data =================================================================================================
-
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextmanager
+def reading(what):
+    """Whatever a library raises about somebody's files becomes one line that names them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        cause = str(e).strip() or type(e).__name__
+        raise UserError(f"cannot use {what}: {cause.splitlines()[0]}") from e
 
 def shown(name):
     """A hub id, or a path as one would type it here."""
     return os.path.relpath(name) if os.path.exists(name) else str(name)
 
 def load_model(name):
-    """A causal language model in fp32 and its tokenizer, from the hub or a folder. Raises UserError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"cannot load model {name}: {first_line(e)}") from e
-    if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
-        raise UserError(f"the tokenizer of {name} does not give back 'a b'; update transformers (>= 5.8)")
-    if any(getattr(model.config, k, None) for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")):
-        raise UserError(f"{name} rescales its logits, which token_logprobs does not; take a Qwen or Llama model")
+    """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
+    with reading(f"model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False)
+        model.own_dtype = settings.dtype or torch.float32  # in which checkpoints are saved
+        if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
+            raise UserError(f"the tokenizer of {name} loses spaces; update transformers (>= 5.8)")
     return model, tokenizer
 
+def check_model(model, problems, config):
+    """Refuse a model that would be sampled or trained wrongly; its plain logits are the judge."""
+    longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
+    for name in ("max_position_embeddings", "sliding_window"):
+        if (getattr(model.config, name, None) or longest) < longest:
+            raise UserError(f"the model's {name} is {getattr(model.config, name)}, but a prompt and "
+                            f"--max_new_tokens are up to {longest} tokens; lower the latter")
+    prompts = [torch.tensor(problems[0]["prompt_ids"][:n]) for n in (12, 7)]
+    with reading(f"model {config.model}"):
+        ids, mask = sample(model, prompts, 2, [-1], 4, 0)
+        batch = {"prompts": prompts, "completions": ids, "mask": mask, "labels": mask[..., 0],
+                 "lengths": mask.sum(-1) + torch.tensor([[12], [7]])}
+        logp = all_logprobs(model, batch, config)
+        for q, prompt in enumerate(prompts):
+            sequence = torch.cat([prompt, ids[q, 0]])[None]
+            logits = model.eval()(input_ids=sequence).logits[0, len(prompt) - 1 : -1]  # (4, V)
+            own = (logits / config.temperature).log_softmax(-1)
+            own, best = own.gather(-1, ids[q, 0][:, None])[:, 0], own.amax(-1)
+            error = torch.stack([own - logp[q, 0], own - logp[q, 1], best - own]).abs().max()
+            if not error <= logits.abs().max() / config.temperature * 2**-12:  # half of fp32's bits
+                raise UserError(f"model {config.model} does not work by causal attention and a "
+                                "linear head as Qwen and Llama do; it would be trained wrongly")
+
 def load_rows(path, name, split):
-    """Column names and rows of a .json .jsonl .csv .parquet file, a folder, or a hub data set. Raises UserError."""
-    kind = Path(path).suffix.lstrip(".").replace("jsonl", "json")
-    try:
-        if kind in ("json", "csv", "parquet"):
-            data = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            data = datasets.load_dataset(str(path), name, split=split)
-        return data.column_names, list(data)
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as e:
-        lines = open(path, "rb") if str(path).endswith("jsonl") and os.path.isfile(path) else []
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)
-            except ValueError as bad:
-                raise UserError(f"{path}, line {number}: {first_line(bad)}; mend or remove that line") from e
-        raise UserError(f"cannot load data {path}: {first_line(e.__cause__ or e)}") from e
+    """Rows of a file, a folder or a hub data set, as dicts. Numbers in text stay as written."""
+    file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
+    kind = file.suffix if file.is_file() else ""
+    with reading(f"data {path}"):
+        if kind in (".json", ".jsonl"):
+            text = file.read_text(encoding="utf-8-sig").strip()
+            if not text.startswith("["):  # a row a line
+                text = "[" + ",\n".join(text.split("\n")) + "]"
+            return json.loads(text, parse_int=str, parse_float=str)
+        if kind == ".csv":
+            text = dict(dtype=str, keep_default_na=False)
+            return list(datasets.load_dataset("csv", data_files=str(file), split="train", **text))
+        if kind == ".parquet":
+            return list(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+        return list(datasets.load_dataset(str(path), name, split=split))
 
 def read_column(row, column):
-    """row["prompt"][0]["content"] for the column prompt[0].content; None where there is no such place."""
+    """row["prompt"][0]["content"] for prompt[0].content; None where there is no such place."""
     for key in re.findall(r"[^.\[\]]+", column):
         if isinstance(row, list) and key.isdecimal() and int(key) < len(row):
             row = row[int(key)]
@@ -730,276 +868,306 @@ def read_column(row, column):
             row = row.get(key) if isinstance(row, dict) else None
     return row
 
-def load_problems(tokenizer, config, path, split):
-    """Problems as dicts: problem, answer, prompt_ids, opening (the "<think>" that the chat template already wrote).
+def accepted(answer):
+    """Accepted answers as texts, what follows #### if that is there; [] if none can be right."""
+    answers = answer if isinstance(answer, list) else [answer]
+    if any(isinstance(a, (dict, list)) for a in answers):
+        return []
+    texts = [str(a).rpartition("####")[2].strip() for a in answers if a is not None and a == a]
+    return [text for text in texts if text]
 
-    Rows without a problem or an answer, and prompts over `max_prompt_tokens`, are skipped with a count.
+def load_problems(tokenizer, config, path, split, least=1):
+    """Problems as dicts: problem, answer, prompt_ids, opening ("<think>" if the template wrote it).
+
+    A row without problem or usable answer, or over max_prompt_tokens, is skipped with a count.
     """
-    names, rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: each row must be an object with named fields")
+    names, problems, skipped = {name: 0 for row in rows for name in row}, [], []
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
-            if re.split(r"[.\[]", column)[0] not in names:
-                raise UserError(f"{path} has no column {column} but {', '.join(names)}; set --{flag}")
-    problems, skipped = [], []
+            if rows and re.split(r"[.\[]", column)[0] not in names:
+                raise UserError(f"{path} has no column {column}, only {', '.join(names)}; "
+                                f"set --{flag}")
     for number, row in enumerate(rows, 1):
-        problem = "\n".join(str(v) for c in config.problem_column.split("+") if (v := read_column(row, c)) is not None)
-        answer = read_column(row, config.answer_column)
-        text = problem if SUFFIX.strip() in problem else problem + SUFFIX  # some data sets hold it already
-        if tokenizer.chat_template:
-            chat = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids  # a template writes BOS itself
-        empty = any(value is None or not str(value).strip() or value == [] for value in (problem, answer))
-        if empty or len(ids) > config.max_prompt_tokens:
-            skipped.append(number)
-        else:
+        found = [read_column(row, column) for column in config.problem_column.split("+")]
+        found = [value for value in found if value is not None]
+        answers = accepted(read_column(row, config.answer_column))
+        with reading(f"{path}, row {number}"):
+            chat = [{"role": "user", "content": "\n".join(map(str, found))}]
+            if found and isinstance(found[0], list):  # the column holds messages
+                chat = found[0]
+            problem = text = chat[-1]["content"]
+            if SUFFIX.strip() not in problem:  # some data sets hold it already
+                text = problem + SUFFIX
+            if tokenizer.chat_template:
+                chat = [*chat[:-1], chat[-1] | {"content": text}]
+                text = tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=False)  # writes BOS itself
+            ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+        if problem.strip() and answers and len(ids) <= config.max_prompt_tokens:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
-            problems.append({"problem": problem, "answer": answer, "prompt_ids": ids, "opening": opening})
+            answer = answers[0] if len(answers) == 1 else answers
+            problems.append(dict(problem=problem, answer=answer, prompt_ids=ids, opening=opening))
+        else:
+            skipped.append(number)
     if skipped:
-        print(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first: row {skipped[0]}): no problem, no answer "
-              f"or a prompt over --max_prompt_tokens {config.max_prompt_tokens}")
-    if not problems:
-        raise UserError(f"{path}: no usable row in {len(rows)}")
+        say(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first: row {skipped[0]}): no "
+            f"problem, no usable answer or over --max_prompt_tokens {config.max_prompt_tokens}")
+    if len(problems) < least:
+        raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed")
     return problems
 
-def draw(problems, step, config):
-    """The questions of a step (line 4). Each pass over the data is a new permutation that the seed alone decides."""
-    n, chosen = len(problems), []
-    if n < config.prompts:
-        raise UserError(f"{config.dataset} has {n} usable problems, too few for --prompts {config.prompts}")
-    for i in range((step - 1) * config.prompts, step * config.prompts):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + i // n))
-        chosen.append(problems[order[i % n]])
-    return chosen
+# ==== The run's folder ============================================================================
 
-# ==== The run's folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/ =====================================
+def say(text):
+    """Print above the progress bar. If nobody reads on (`| head`), stop as after SIGTERM."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        signal.raise_signal(signal.SIGTERM)
 
-def by_one(method):
-    """Let the first process alone do it, while the others wait for its result."""
-    @wraps(method)
-    def call(*args):
-        result = [method(*args) if RANK == 0 else None]
-        if WORLD > 1:
-            dist.broadcast_object_list(result)
-        return result[0]
-    return call
+def read_run(folder):
+    """The settings of the run in a folder; none if it holds no run of ours."""
+    file = folder / "config.json"
+    with reading(file):
+        settings = json.loads(file.read_text()) if file.is_file() else {}
+    ours = isinstance(settings, dict) and settings.pop("made_by", "") == "real.py"
+    return settings if ours else {}
 
 class Run:
-    """A folder that one run at a time writes, and in which a checkpoint is whole or absent."""
+    """A run's folder: config.json, metrics.jsonl, samples.jsonl, metrics.png and checkpoint-NNNNNN.
 
-    FREE = ("steps save_every keep eval_every micro_batch_tokens max_new_tokens low_memory offload_gradients output_dir "
-            "resume").split()  # may change on resume
+    Nothing else in it is touched. A lock on .lock gives it to one process at a time.
+    """
+
+    FIXED = ("objective tau as_printed eps_low eps_high beta kl_ref kl_old prompts group_size "
+             "mini_batches temperature seed").split()  # what makes a run that run
 
     def __init__(self, config):
-        self.config, self.path = config, config.run
-        self.signal = self.leave = self.bad = 0  # bad: updates in a row that were not finite
-        self.open(config)
-
-    @by_one
-    def open(self, config):
-        """Claim the folder for this run."""
-        file, new, started = self.path / "config.json", asdict(config), (self.path / "metrics.jsonl").exists()
-        if config.resume and not file.exists():
-            raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
-        if started and not config.resume:
-            raise UserError(f"{self.path} holds a run already: --resume goes on with it, or move it out of the way")
-        old = json.loads(file.read_text()) if started else new
-        changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v and k not in self.FREE]
+        self.config, self.path, old = config, config.folder, read_run(config.folder)
+        if not old and self.path.exists() and set(os.listdir(self.path)) - {".lock"}:
+            raise UserError(f"{self.path} holds files but no run of real.py; choose a new or empty "
+                            "--output_dir")
+        if bool(old) != config.resume:
+            raise UserError(f"{self.path} holds a run already: --resume goes on with it" if old else
+                            f"{self.path} holds no run to resume: name it with --output_dir")
+        changed = [f"--{k} {old[k]}" for k in self.FIXED if old and old[k] != getattr(config, k)]
         if changed:
-            raise UserError(f"{self.path} has {', '.join(changed)}; only {', '.join(self.FREE)} may change")
+            raise UserError(f"{self.path} was started with {', '.join(changed)}, which must stay")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
             self.lock.acquire(timeout=0)
         except Timeout as e:
-            raise UserError(f"{self.path} is in use by another run; choose another --output_dir") from e
-        self.write("config.json", json.dumps(new, indent=2))
+            raise UserError(f"{self.path} is in use by another run") from e
+        self.checkpoint = max(self.checkpoints(), default=None)
+        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
+        if self.done >= config.steps:
+            raise UserError(f"{self.path} has done {self.done} steps; set --steps above that")
+        self.problems, self.signal, self.not_finite = old.get("problems"), 0, 0
 
-    def write(self, name, text):
+    def __enter__(self):
+        def stop(number, frame):
+            if self.signal:
+                os._exit(128 + number)
+            self.signal = number
+            print("\nStopping after this step. Once more to leave at once.", file=sys.stderr)
+
+        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        self.before = {n: signal.signal(n, stop) for n in numbers if n}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.lock.release()
+
+    def checkpoints(self):
+        return [p for p in self.path.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name)]
+
+    def load(self, model):
+        """Put the newest checkpoint's fp32 weights into the model; return AdamW's state or None."""
+        file = (self.checkpoint or self.path) / "trainer.pt"
+        if not file.exists():
+            return None
+        with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
+            if not file.is_file():
+                raise ValueError("not a regular file")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            for i, (p, w) in enumerate(zip(model.parameters(), state["weights"], strict=True)):
+                moment = state["adam"]["state"].get(i, {"exp_avg": w})["exp_avg"]
+                if not p.shape == w.shape == moment.shape:
+                    raise ValueError(f"weight {i} has another shape")
+                p.data.copy_(w)
+        return state["adam"]
+
+    def start(self, model, problems):
+        """Every input is read and right: from here on the folder is written."""
+        fingerprint = zlib.crc32(json.dumps(problems).encode())
+        if self.problems not in (None, fingerprint):
+            raise UserError(f"--dataset {self.config.dataset} holds other problems, or in another "
+                            "order, than when this run was started")
+        settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
+        self.replace("config.json", json.dumps(settings, indent=2))
+        for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
+            file = self.path / name
+            lines = file.read_text().splitlines(True) if file.exists() else []
+            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done]
+            self.replace(name, "".join(lines))
+        weights, state = (model.num_parameters() * n / 1e9 for n in (model.own_dtype.itemsize, 12))
+        self.size = f"{weights:.3g} GB, and {state:.3g} GB more in the newest"
+        say(f"{self.config.objective} on {shown(self.config.model)}: {model.num_parameters():,} "
+            f"parameters on {model.device}, {len(problems):,} problems, {self.config.prompts} x "
+            f"{self.config.group_size} rollouts a step\n{self.config.keep} checkpoints of "
+            f"{self.size} will be kept in {self.path}")
+
+    def replace(self, name, text):
         """Replace a file in one move: a kill leaves the old one or the new one."""
         (self.path / ".part").write_text(text)
         (self.path / ".part").replace(self.path / name)
 
-    @by_one
-    def restore(self):
-        """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
-        step, folder = 0, None
-        for path in sorted(self.path.glob("checkpoint-*")):
-            try:
-                state = json.loads((path / "trainer.json").read_text())
-                for name, digest in state["sha256"].items():
-                    if sha256(path / name) != digest:
-                        raise ValueError(f"{name} is damaged")
-                step, folder = state["step"], path
-            except (OSError, ValueError, KeyError) as e:
-                print(f"{path}: {first_line(e)}; this checkpoint is passed over")
-        for file in self.path.glob("*.jsonl"):
-            whole = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]
-            self.write(file.name, "".join(x for x in whole if json.loads(x)["step"] <= step))
-        return step, folder
+    def check(self, step, result):
+        """Count updates in a row whose loss or gradient was not finite; the third ends the run."""
+        finite = (result["loss"] + result["grad_norm"]).isfinite()
+        self.not_finite = 0 if finite else self.not_finite + 1
+        if not finite:
+            say(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: "
+                "this update is skipped")
+        if self.not_finite == 3:
+            raise UserError(f"three updates in a row were not finite by step {step}; --resume with "
+                            "a lower --lr")
 
-    @by_one
+    TABLE = {"step": "5.0f", "reward": "7.3f", "mixed": "6.2f", "cut_off": "8.2f", "entropy": "8.3f",
+             "response_length": "7.1f", "s_positive": "+9.4f", "s_negative": "+9.4f",
+             "max_weight": "7.3f", "seconds": "8.1f", "pass@1": "7.3f"}
+
+    def steps(self):
+        """Step numbers under a progress bar, until the last one or a signal."""
+        for step in tqdm(range(self.done + 1, self.config.steps + 1), unit="step", initial=self.done,
+                         total=self.config.steps):
+            self.began = time.time()
+            yield step
+            if self.signal:
+                return
+
+    def log(self, step, row, batch):
+        """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
+        row = {"step": step, **row, "seconds": time.time() - self.began}
+        row = {k: float(v) for k, v in row.items()}
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
+        problem, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
+        sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
+                  "texts": texts, "labels": labels.int().tolist()}
+        for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if step % 20 == 1:
+            say(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
+                f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
+                "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
+        say(" ".join(f"{row[k]:{width}}" for k, width in self.TABLE.items() if k in row))
+        if step == self.done + 1:
+            left = (self.config.steps - step) * row["seconds"]
+            say(f"{left / 60:.0f} min")
+
     def save(self, step, model, tokenizer, optimizer):
-        """A checkpoint: a Hugging Face model and the optimizer. Written aside, synced to disk, then renamed."""
+        """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
+        weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
+        live = [p.data for p in model.parameters()]
         try:
             shutil.rmtree(part, ignore_errors=True)
+            for p, w in zip(model.parameters(), weights):
+                p.data = w.to("cpu", model.own_dtype)
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
-            torch.save(optimizer.state_dict(), part / "optimizer.pt")
-            state = {"step": step, "sha256": {f.name: sha256(f) for f in part.iterdir()}}
-            (part / "trainer.json").write_text(json.dumps(state))
-            getattr(os, "sync", int)()
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that restore() passed over
+            torch.save({"weights": weights, "adam": optimizer.state_dict()}, part / "trainer.pt")
+            getattr(os, "sync", int)()  # on the disk before it gets its name
             part.rename(final)
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
-        for old in sorted(p for p in self.path.glob("checkpoint-*") if p <= final)[: -self.config.keep]:
-            shutil.rmtree(old)
-
-    def steps(self, start):
-        """Count steps under a progress bar; after Ctrl-C or SIGTERM, leave when the current one is done and saved."""
-        def on_signal(number, frame):
-            if self.signal == number:
-                os._exit(128 + number)
-            self.signal = number
-            tqdm.write("Stopping after this step. Once more to leave at once.")
-
-        before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            for step in tqdm(range(start, self.config.steps + 1), None, self.config.steps, initial=start - 1, disable=RANK > 0):
-                yield step
-                if self.leave:
-                    tqdm.write(f"Saved. Go on with: {PYTHON} real.py --output_dir {self.path} --resume")
-                    raise SystemExit(128 + self.leave)
+        except Exception as e:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(f"cannot save {final} ({self.size}): {str(e).splitlines()[0]}; the "
+                            "checkpoint before it is whole") from e
         finally:
-            for n, handler in before.items():
-                signal.signal(n, handler)
+            for p, data in zip(model.parameters(), live):
+                p.data = data
+        older = sorted(self.checkpoints())[:-1]
+        for folder in older:
+            (folder / "trainer.pt").unlink(missing_ok=True)
+        for folder in older[: len(older) + 1 - self.config.keep]:
+            shutil.rmtree(folder.rename(part))
 
-    def stopping(self):
-        """The number of the signal that ends the run after this step, or 0; all processes agree on it."""
-        self.leave = by_one(lambda: self.signal)()
-        return self.leave
-
-    def check(self, step, result, batch):
-        """Count updates in a row that were skipped because loss or gradient was not finite; the third ends the run."""
-        self.bad = 0 if (result["loss"] + result["grad_norm"]).isfinite() else self.bad + 1
-        if self.bad and RANK == 0:
-            torch.save({k: v for k, v in batch.items() if k != "problems"}, self.path / f"not-finite-{step}.pt")
-            tqdm.write(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: skipped; its "
-                       f"batch is in not-finite-{step}.pt, first question {batch['problems'][0]['problem'][:60]!r}")
-        if self.bad == 3:
-            raise UserError(f"three updates in a row were not finite by step {step}; --resume with a lower --lr")
-
-    @by_one
-    def log(self, step, metrics, problem, texts, labels):
-        """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step, and a sample at times."""
-        row = {k: float(v) for k, v in metrics.items()}
-        sample = {"step": step, **{k: problem[k] for k in ("problem", "answer")}, "texts": texts, "labels": labels}
-        finite = {"step": step} | {k: v if math.isfinite(v) else None for k, v in row.items()}
-        for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
-            with (self.path / name).open("a") as f:
-                f.write(json.dumps(line) + "\n")
-        if step % 20 == 1:
-            tqdm.write(f"\n{sample['problem']}  ->  {texts[0]!r}  {'right' if labels[0] else 'wrong'}\n\n"
-                       " step  reward  solved  entropy  length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
-        tqdm.write(("{:5} {reward:7.3f} {solved:7.3f} {entropy:8.3f} {response_length:7.1f} {s_positive:+9.4f} "
-                    "{s_negative:+9.4f} {max_weight:7.3f} {seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)
-                    ).format(step, **row))
-
-    @by_one
     def finish(self):
-        """Draw the log, say what the run did and what to try next; returns the last row of the log."""
+        """Draw the log and say what the run did and what comes next. Returns the log's last row."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
-        try:
+        with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
             figure = Figure(figsize=(13, 3), layout="constrained")
-            panels = {"share of rollouts": "reward pass@1", "entropy (nats per token)": "entropy",
-                      "response length (tokens)": "response_length", "mean score": "s_positive s_negative"}
+            panels = {"share of rollouts": "reward pass@1", "entropy (nats a token)": "entropy",
+                      "length (tokens)": "response_length", "mean score": "s_positive s_negative"}
             for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
                 for key in keys.split():
                     points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-                    if points:
-                        axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
+                    axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
                 axis.set(title=title, xlabel="step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
-        except ImportError:
-            print("No picture of the log: pip install matplotlib")
-        self.lock.release()
+        real = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))}"
+        folder = shlex.quote(os.path.abspath(self.path))
+        if self.signal:
+            print(f"Saved. Go on with: {real} --output_dir {folder} --resume", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
         if "pass@1" in rows[-1] and "pass@1_before" in rows[0]:
             seconds = sum(r["seconds"] for r in rows)
-            print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s of training")
-        print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: {PYTHON} eval.py --model "
-              f"{shown(self.config.model)} {sorted(self.path.glob('checkpoint-*'))[-1]}")
+            say(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
+        say(f"Log, samples, picture and checkpoints: {self.path}")
         return rows[-1]
 
-def sha256(path):
-    """Hex digest of a file, which may be larger than the memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
-
-# ==== Command line ===================================================================================================
+# ==== Command line ================================================================================
 
 def parse(argv=None):
-    """The configuration that a command line asks for: flags over a settings file over a preset."""
-    def read():
-        return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "config")})
-
+    """The configuration that a command line asks for: flags over a run's settings or a preset."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="named settings")
-    parser.add_argument("--config", help="a JSON or YAML file of settings; with --resume, the run's own")
-    first = parser.parse_args(argv)
-    parser.set_defaults(**PRESETS[first.preset])
-    file = Path(first.config or read().run / "config.json")
-    try:
-        settings = (yaml.safe_load(file.read_text()) if first.config or first.resume and file.exists() else {}) or {}
-    except (OSError, yaml.YAMLError) as e:
-        raise UserError(f"cannot read {file}: {first_line(e)}") from e
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} must hold settings as NAME: VALUE")
-    if unknown := set(settings) - {f.name for f in fields(Config)}:
-        raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}")
-    parser.set_defaults(**settings)
+    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
+    def read():
+        return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"})
+    args = parser.parse_args(argv)
+    if not args.preset and not args.resume and {args.model, args.dataset} != {TINY}:
+        raise UserError("without --preset all settings are those of the embedded toy; another --model "
+                        f"or --dataset needs one of --preset {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[args.preset or "tiny"])
+    if args.resume:
+        saved = read_run(read().folder)
+        settings = {f.name for f in fields(Config)} - {"resume"}
+        saved = {k: v for k, v in saved.items() if k in settings}
+        parser.set_defaults(**saved)
     return read()
 
-def relief(config):
-    """What to change after running out of memory, the mildest remedy first."""
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if config.micro_batch_tokens > longest:
-        return (f"lower --micro_batch_tokens from {config.micro_batch_tokens} to "
-                f"{max(longest, config.micro_batch_tokens // 2)}")
-    if torch.cuda.is_available() and not (config.low_memory and config.offload_gradients):
-        return "set --offload_gradients true" if config.low_memory else "set --low_memory true"
-    return f"lower --max_new_tokens from {config.max_new_tokens} to {config.max_new_tokens // 2}"
-
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"real.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
 def main(argv=None):
-    """Train as the command line says; bad input ends in one line and exit code 2."""
+    """Train as the command line says. Bad input ends in one line and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    config = None
-    if RANK > 0:  # one voice
-        sys.stdout = open(os.devnull, "w")
     try:
-        train(config := parse(argv))
-        if WORLD > 1:
-            dist.destroy_process_group()
+        train(parse(argv))
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
-        fail(e)
+        error = e
     except RuntimeError as e:
-        if "allocate" not in str(e):  # on the GPU "Tried to allocate", on the CPU "can't allocate memory"
+        if "allocate" not in str(e):
             raise
-        fail(f"out of memory; {relief(config)}. Checkpoints in {config.run} are whole: --resume goes on")
-    except KeyboardInterrupt:  # while loading: inside the training loop, Run.steps ends the run
+        frames = {f.name for f in traceback.extract_tb(e.__traceback__)}
+        error = "out of memory while " + (
+            "sampling; lower --slots or --max_new_tokens" if "sample" in frames else
+            "updating; lower --micro_batch_tokens or --max_new_tokens, or set --low_memory true")
+    except KeyboardInterrupt:
         sys.exit(130)
+    else:
+        return
+    print(f"real.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     main()
