@@ -410,7 +410,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
-    finite, bar = torch.tensor(True, device=device), tqdm(unit=" tokens", leave=False, delay=5)
+    bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
     while True:
         active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
         if len(active) <= 0.75 * len(rollout):
@@ -430,7 +430,6 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             see = torch.arange(cache.width, device=device) <= at[:, None]
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
                            attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
-            finite &= logits.amax().isfinite()
             token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
             ids[rollout, t] = token  # ended slots write to the spare last row
             t = t + 1
@@ -438,8 +437,6 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             t, at = t.clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
             cache.width = min(cache.width + 1, cache.columns)
         bar.update(every * len(rollout))
-        if not finite:
-            raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
     bar.close()
     ended = torch.isin(ids[:total], ends)
     mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
@@ -599,7 +596,7 @@ def train(config, label=label_group):
             last = step == config.steps
             if held_out and (last or step % config.eval_every == 0):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
-            run.log(step, row, batch, updates)
+            run.log(step, row, batch)
             if last or run.signal or step % config.save_every == 0:
                 run.save(step, model, tokenizer, optimizer)
             row = {}
@@ -619,7 +616,8 @@ def metrics(batch, parts, updates):
             "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
             "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
             "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
-            "spread_weight": weight.std(), "grad_norm": max(u["grad_norm"] for u in updates)}
+            "spread_weight": weight.std(), "grad_norm": max(u["grad_norm"] for u in updates),
+            "skipped": sum(not (u["loss"] + u["grad_norm"]).isfinite() for u in updates)}
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
 # Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, tuple,
@@ -754,14 +752,10 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, list | tuple) else [answer]
+    reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
 # ==== Models and data =============================================================================
-
-def shown(name):
-    """A hub id, or a path as one would type it here."""
-    return os.path.relpath(name) if os.path.exists(name) else str(name)
 
 @contextmanager
 def reading(what):
@@ -775,73 +769,64 @@ def reading(what):
         raise UserError(f"cannot use {what}: {cause.splitlines()[0]}") from e
 
 def load_model(name):
-    """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
+    """A causal language model in fp32 and its tokenizer, from the hub or a folder, not its code."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
-        model.own_dtype = settings.dtype or torch.float32  # in which checkpoints are saved
+        model.own_dtype = own or torch.float32  # checkpoints are saved in it
         if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
             raise UserError(f"the tokenizer of {name} loses spaces; update transformers (>= 5.8)")
     return model, tokenizer
 
 def check_model(model, problems, config):
-    """Refuse a model that would be sampled or trained wrongly; its plain logits are the judge."""
+    """Refuse a model that would be sampled or trained wrongly; its own plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     for name in ("max_position_embeddings", "sliding_window"):
-        if (getattr(model.config, name, None) or longest) < longest:
-            raise UserError(f"the model's {name} is {getattr(model.config, name)}; a prompt with its "
-                            f"--max_new_tokens can be {longest} long, lower the latter")
+        limit = getattr(model.config, name, None)
+        if limit and limit < longest:
+            raise UserError(f"{name} of the model is {limit}, a prompt and its answer can have "
+                            f"{longest} tokens; lower --max_new_tokens")
     prompts = [torch.tensor(problems[0]["prompt_ids"][:n]) for n in (12, 7)]
     with reading(f"model {config.model}"):
-        ids, mask = sample(model, prompts, 2, [-1], 4, 0)
-        batch = {"prompts": prompts, "completions": ids, "mask": mask, "labels": mask[..., 0],
-                 "lengths": mask.sum(-1) + torch.tensor([[12], [7]])}
+        ids, mask = sample(model, prompts, 2, [-1], 4, 0)  # (2, 2, 4)
+        lengths = mask.sum(-1) + torch.tensor([[len(prompt)] for prompt in prompts])
+        batch = {"prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
+                 "labels": mask[..., 0]}
         logp = all_logprobs(model, batch, config)
-        for q, prompt in enumerate(prompts):
-            sequence = torch.cat([prompt, ids[q, 0]])[None]
-            logits = model.eval()(input_ids=sequence).logits[0, len(prompt) - 1 : -1]  # (4, V)
-            own = (logits / config.temperature).log_softmax(-1)
-            own, best = own.gather(-1, ids[q, 0][:, None])[:, 0], own.amax(-1)
-            error = torch.stack([own - logp[q, 0], own - logp[q, 1], best - own]).abs().max()
-            if not error <= logits.abs().max() / config.temperature * 2**-12:  # half of fp32's bits
-                raise UserError(f"model {config.model} does not work by causal attention and a "
-                                "linear head as Qwen and Llama do; it would be trained wrongly")
+        for prompt, o, ours in zip(prompts, ids[:, 1], logp[:, 1]):
+            logits = model.eval()(input_ids=torch.cat([prompt, o])[None]).logits[0, -5:-1]
+            own = (logits / config.temperature).log_softmax(-1)  # (4, vocabulary)
+            chosen = own.gather(-1, o[:, None])[:, 0]
+            error = torch.stack([chosen - ours, own.amax(-1) - chosen]).abs().max()  # greedy
+            if not error <= 2**-12 * (logits / config.temperature).abs().max():  # half of fp32
+                raise UserError(f"model {config.model} computes its logits in another way than "
+                                "Qwen and Llama do; here it would be trained wrongly")
 
 def load_rows(path, name, split):
-    """Rows of a file, a folder or a hub data set, as dicts. Numbers in text stay as written."""
+    """Rows of a file, a folder or a hub data set, as dicts; numbers in text stay as written."""
     file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
-    kind = file.suffix if file.is_file() else ""
+    kind = file.suffix[1:] if file.is_file() else ""
     with reading(f"data {path}"):
-        if kind in (".json", ".jsonl"):
+        if kind in ("json", "jsonl"):
             text = file.read_text(encoding="utf-8-sig").strip()
             if not text.startswith("["):  # a row a line
                 text = "[" + ",\n".join(text.split("\n")) + "]"
             return json.loads(text, parse_int=str, parse_float=str)
-        if kind == ".csv":
-            text = dict(dtype=str, keep_default_na=False)
-            return list(datasets.load_dataset("csv", data_files=str(file), split="train", **text))
-        if kind == ".parquet":
-            return list(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+        if kind in ("csv", "parquet"):
+            text = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+            return list(datasets.load_dataset(kind, data_files=str(file), split="train", **text))
         return list(datasets.load_dataset(str(path), name, split=split))
 
 def read_column(row, column):
     """row["prompt"][0]["content"] for prompt[0].content; None where there is no such place."""
     for key in re.findall(r"[^.\[\]]+", column):
-        if isinstance(row, list) and key.isdecimal() and int(key) < len(row):
-            row = row[int(key)]
-        else:
-            row = row.get(key) if isinstance(row, dict) else None
+        with suppress(LookupError, TypeError, ValueError):
+            row = row[int(key) if isinstance(row, list) else key]
+            continue
+        return None
     return row
-
-def accepted(answer):
-    """Accepted answers as texts, what follows #### if that is there; [] if none can be right."""
-    answers = answer if isinstance(answer, list) else [answer]
-    if any(isinstance(a, (dict, list)) for a in answers):
-        return []
-    texts = [str(a).rpartition("####")[2].strip() for a in answers if a is not None and a == a]
-    return [text for text in texts if text]
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Problems as dicts: problem, answer, prompt_ids, opening ("<think>" if the template wrote it).
@@ -850,7 +835,7 @@ def load_problems(tokenizer, config, path, split, least=1):
     """
     rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: each row must be an object with named fields")
+        raise UserError(f"{path}: every row must be an object with named fields")
     names, problems, skipped = {name: 0 for row in rows for name in row}, [], []
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
@@ -860,7 +845,10 @@ def load_problems(tokenizer, config, path, split, least=1):
     for number, row in enumerate(rows, 1):
         found = [read_column(row, column) for column in config.problem_column.split("+")]
         found = [value for value in found if value is not None]
-        answers = accepted(read_column(row, config.answer_column))
+        golds = read_column(row, config.answer_column)
+        golds = [str(gold).rpartition("####")[2].strip()  # GSM8K has its answers after ####
+                 for gold in (golds if isinstance(golds, list) else [golds])
+                 if gold is not None and gold == gold and not isinstance(gold, (dict, list))]
         with reading(f"{path}, row {number}"):
             chat = [{"role": "user", "content": "\n".join(map(str, found))}]
             if found and isinstance(found[0], list):  # the column holds messages
@@ -873,10 +861,10 @@ def load_problems(tokenizer, config, path, split, least=1):
                 text = tokenizer.apply_chat_template(
                     chat, add_generation_prompt=True, tokenize=False)  # writes BOS itself
             ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-        if problem.strip() and answers and len(ids) <= config.max_prompt_tokens:
+        if problem.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
-            answer = answers[0] if len(answers) == 1 else answers
-            problems.append(dict(problem=problem, answer=answer, prompt_ids=ids, opening=opening))
+            problems.append({"problem": problem, "answer": golds if golds[1:] else golds[0],
+                             "prompt_ids": ids, "opening": opening})
         else:
             skipped.append(number)
     if skipped:
@@ -911,20 +899,19 @@ class Run:
     Nothing else in it is touched. A lock on .lock gives it to one process at a time.
     """
 
-    FIXED = ("objective tau as_printed eps_low eps_high beta kl_ref kl_old prompts group_size "
-             "mini_batches temperature seed").split()  # what makes a run that run
+    FIXED = (*LOSS, "objective", "kl_ref", "kl_old", "prompts", "group_size", "mini_batches", "seed")
 
     def __init__(self, config):
         self.config, self.path, old = config, config.folder, read_run(config.folder)
-        if not old and self.path.exists() and set(os.listdir(self.path)) - {".lock"}:
-            raise UserError(f"{self.path} holds files but no run of real.py; choose a new or empty "
-                            "--output_dir")
-        if bool(old) != config.resume:
-            raise UserError(f"{self.path} holds a run already: --resume goes on with it" if old else
-                            f"{self.path} holds no run to resume: name it with --output_dir")
-        changed = [f"--{k} {old[k]}" for k in self.FIXED if old and old[k] != getattr(config, k)]
-        if changed:
-            raise UserError(f"{self.path} was started with {', '.join(changed)}, which must stay")
+        others = self.path.exists() and set(os.listdir(self.path)) - {".lock"}
+        changed = [f"--{k} {old.get(k)}" for k in self.FIXED if old.get(k) != getattr(config, k)]
+        for wrong, what in (
+                (others and not old, "holds files but no run of real.py; take a new --output_dir"),
+                (old and not config.resume, "holds a run already; --resume goes on with it"),
+                (config.resume and not old, "holds no run to resume; name it by --output_dir"),
+                (old and changed, f"was started with {', '.join(changed)}, which must stay")):
+            if wrong:
+                raise UserError(f"{self.path} {what}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
@@ -935,8 +922,8 @@ class Run:
         self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
         if self.done >= config.steps:
             raise UserError(f"{self.path} has done {self.done} steps; set --steps above that")
-        self.problems, self.warned = old.get("problems"), False
-        self.signal = self.not_finite = self.unmixed = 0
+        self.problems, self.told = old.get("problems"), set()
+        self.signal = self.skipped = self.unmixed = 0
 
     def __enter__(self):
         def stop(number, frame):
@@ -964,7 +951,7 @@ class Run:
             return None
         with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
             if not file.is_file():
-                raise ValueError("not a regular file")
+                raise ValueError("it is not a file")
             state = torch.load(file, map_location="cpu", weights_only=True)
             for i, (p, w) in enumerate(zip(model.parameters(), state["weights"], strict=True)):
                 moment = state["adam"]["state"].get(i, {"exp_avg": w})["exp_avg"]
@@ -973,12 +960,17 @@ class Run:
                 p.data.copy_(w)
         return state["adam"]
 
+    def replace(self, name, text):
+        """Replace a file in one move: a kill leaves the old one or the new one."""
+        (self.path / ".part").write_text(text)
+        (self.path / ".part").replace(self.path / name)
+
     def start(self, model, problems):
         """Every input is read and right: from here on the folder is written."""
         fingerprint = zlib.crc32(json.dumps(problems).encode())
         if self.problems not in (None, fingerprint):
-            raise UserError(f"--dataset {self.config.dataset} holds other problems, or in another "
-                            "order, than when this run was started")
+            raise UserError(f"--dataset {self.config.dataset} holds other problems than when this "
+                            "run was started, or another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
         self.replace("config.json", json.dumps(settings, indent=2))
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
@@ -987,16 +979,11 @@ class Run:
             lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done]
             self.replace(name, "".join(lines))
         weights, state = (model.num_parameters() * n / 1e9 for n in (model.own_dtype.itemsize, 12))
-        self.size = f"{weights:.3g} GB, and {state:.3g} GB more in the newest"
-        say(f"{self.config.objective} on {shown(self.config.model)}: {model.num_parameters():,} "
+        self.size = f"{weights:.2g} GB, and {state:.2g} GB more in the newest"
+        say(f"{self.config.objective} on {Path(self.config.model).name}: {model.num_parameters():,} "
             f"parameters on {model.device}, {len(problems):,} problems, {self.config.prompts} x "
-            f"{self.config.group_size} rollouts a step\n{self.config.keep} checkpoints of "
-            f"{self.size} will be kept in {self.path}")
-
-    def replace(self, name, text):
-        """Replace a file in one move: a kill leaves the old one or the new one."""
-        (self.path / ".part").write_text(text)
-        (self.path / ".part").replace(self.path / name)
+            f"{self.config.group_size} rollouts a step\n{self.path} will keep {self.config.keep} "
+            f"checkpoints of {self.size}")
 
     def steps(self):
         """Step numbers, under a progress bar, until the last one or a signal."""
@@ -1007,7 +994,7 @@ class Run:
             if self.signal:
                 return
 
-    def log(self, step, row, batch, updates):
+    def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
         row = {"step": step} | {k: float(v) for k, v in row.items()}
         row["seconds"] = time.time() - self.began
@@ -1022,27 +1009,25 @@ class Run:
             say(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
                 f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
                 "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
-        say(("{step:5.0f} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
+        say(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
              "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
              "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
-        if step == self.done + 1 and row["seconds"] > 10:
-            end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
-            say(f"A step takes {row['seconds'] / 60:.1f} min; step {self.config.steps} ends about "
-                f"{time.strftime('%a %H:%M', end)}, validations not counted")
         self.unmixed = 0 if row["mixed"] else self.unmixed + 1
-        if self.unmixed == 5:
-            say("Five steps without a group of right and wrong answers teach nothing: other problems, "
-                "a higher --temperature or --max_new_tokens, or another --answer_column may help")
-        if row["cut_off"] >= 0.5 and not self.warned:
-            self.warned = True
-            say("Half of the rollouts or more are cut off and count as wrong: raise --max_new_tokens")
-        bad = [u for u in updates if not (u["loss"] + u["grad_norm"]).isfinite()]
-        self.not_finite = self.not_finite + len(bad) if bad else 0
-        if bad:
-            say(f"step {step}: {len(bad)} updates skipped, their loss or gradient is not finite")
-        if self.not_finite >= 3:
-            raise UserError(f"three updates were not finite by step {step}; --resume with a lower "
-                            "--lr")
+        self.skipped = self.skipped + row["skipped"] if row["skipped"] else 0
+        end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
+        for key, condition, text in (
+                ("time", row["seconds"] > 20, f"A step takes {row['seconds'] / 60:.1f} min; "
+                 f"{self.config.steps} steps end about {time.strftime('%a %H:%M', end)}"),
+                ("cut", row["cut_off"] >= 0.5, "Half of the rollouts are cut off, so they count as "
+                 "wrong: raise --max_new_tokens"),
+                ("mixed", self.unmixed == 5, "Five steps without a group of right and wrong answers "
+                 "taught nothing: are problems too hard or too easy? Is --answer_column right?"),
+                ("skip", self.skipped, "An update that was not finite left the weights alone")):
+            if condition and key not in self.told:
+                self.told.add(key)
+                say(text)
+        if self.skipped >= 3:
+            raise UserError(f"three updates were not finite by step {step}: --resume with lower --lr")
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
@@ -1072,7 +1057,12 @@ class Run:
             shutil.rmtree(folder.rename(part))
 
     def finish(self):
-        """Draw the log and say what the run did and what comes next. Returns the log's last row."""
+        """Draw the log, say what the run did and how to go on. Returns the log's last row."""
+        folder = shlex.quote(os.path.abspath(self.path))
+        if self.signal:
+            print(f"Saved. Go on with: {shlex.quote(sys.executable)} {shlex.quote(__file__)} "
+                  f"--resume --output_dir {folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
@@ -1081,19 +1071,14 @@ class Run:
                       "length (tokens)": "response_length", "mean score": "s_positive s_negative"}
             for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
                 for key in keys.split():
-                    points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                     axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
                 axis.set(title=title, xlabel="step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
-        real = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))}"
-        folder = shlex.quote(os.path.abspath(self.path))
-        if self.signal:
-            print(f"Saved. Go on with: {real} --output_dir {folder} --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
-        if "pass@1" in rows[-1] and "pass@1_before" in rows[0]:
-            seconds = sum(r["seconds"] for r in rows)
-            before, after = rows[0]["pass@1_before"], rows[-1]["pass@1"]
+        before, after = rows[0].get("pass@1_before"), rows[-1].get("pass@1")
+        if before is not None and after is not None:
+            seconds = sum(row["seconds"] for row in rows)
             say(f"Pass@1 {before:.2f} -> {after:.2f} in {seconds:.0f} s of training")
         say(f"Log, samples, picture and checkpoints: {self.path}")
         return rows[-1]
@@ -1109,22 +1094,20 @@ def parse(argv=None):
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
     args = parser.parse_args(argv)
     if not args.preset and not args.resume and {args.model, args.dataset} != {TINY}:
-        raise UserError("the settings fit the embedded model alone; for another --model or --dataset "
-                        f"start from a --preset: {', '.join(PRESETS)}")
+        raise UserError("another --model or --dataset needs the settings of a --preset, one of "
+                        f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     if args.resume:
-        saved = read_run(read().folder)
-        known = {f.name for f in fields(Config)} - {"resume"}
+        saved, known = read_run(read().folder), {f.name for f in fields(Config)} - {"resume"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
     return read()
 
 def main(argv=None):
     """Train as the command line says. Bad input ends in one line and exit code 2."""
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # any encoding can show any problem
+        stream.reconfigure(errors="backslashreplace")  # any terminal can show any problem
     try:
         return train(parse(argv))
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
@@ -1133,8 +1116,8 @@ def main(argv=None):
         if "allocate" not in str(e):  # CUDA: "Tried to allocate", CPU: "can't allocate memory"
             raise
         sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
-        error = ("out of memory while sampling: lower --slots" if sampling else
-                 "out of memory while updating: lower --micro_batch_tokens, or --low_memory true")
+        error = "out of memory while " + ("sampling: lower --slots" if sampling else
+                                          "updating: lower --micro_batch_tokens or set --low_memory")
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
     print(f"real.py: error: {error}", file=sys.stderr)
