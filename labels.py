@@ -11,7 +11,6 @@ from fractions import Fraction
 # matrix, ...) and evaluated in exact fractions; equal forms are equal answers. A name (π, x, apple)
 # is a random fraction, a root its first 400 digits. What does not parse is text. No algebra is done.
 MAX_RESPONSE, MAX_ANSWER, MAX_OPEN, MAX_BITS = 100_000, 600, 50, 20_000  # these bound the work
-DIGITS, SCALE = 300, 10**400  # sqrt(12) - 2 sqrt(3) rounds to 0
 SYMBOLS = dict(pair.split("→") for pair in r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ √→√ sqrt→√
     \sqrt→√ pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥
     \ge→≥ \geq→≥ \geqslant→≥ \approx→= and→, or→, \{→{ \}→} \\→),( &→, \dfrac→\frac \tfrac→\frac
@@ -22,29 +21,31 @@ TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorna
 UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard|mile"
         r"|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month|year"
         r"|way|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))")
-RULES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(\\left ?[(\[] *)?\\begin *\{([pb]matrix|array\} *\{[clr|]+)\}", "[("),  # \begin{bmatrix}1 -> [(1
-    (r"(\\\\\s*)?\\end *\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
+RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
+    (r"(\\left ?[([] *)?\\begin *\{([pb]matrix|array\} *\{[clr|]+)\}", "[("),  # \begin{bmatrix} -> [(
+    (r"(\\\\\s*)?\\end *\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # \end{bmatrix} -> )]
     (r"(?<=\d)(?<!\d{4})(,?\\!|\\,|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
-    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))", lambda m: m[0].replace(",", "")),
+    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234, but (1,234)
+     lambda match: match[0].replace(",", "")),
     (r"\\\$ ?([\d,.]*\d)", r"\1\\dollar"),  # \$5 -> 5\dollar
     ("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}"),  # 10⁻³ -> 10^{⁻³}
-    (r"\*\*|[<>]=|\\?([A-Za-z]+|.)", lambda m: SYMBOLS.get(m[0], m[0])),  # 2\pi -> 2π
+    (r"\*\*|[<>]=|\\?([A-Za-z]+|.)", lambda match: SYMBOLS.get(match[0], match[0])),  # 2\pi -> 2π
     (TEXT + r"\{[ ~]*([mgshLNJWVAKC](/[a-z]+)?)[ ~]*\}", r"@\1"),  # 5\text{ m} -> 5@m
-    (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{even} ->  even
+    (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
     (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
-    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?( ?(/|per) ?({UNIT}|[mhs]))?(?![A-Za-z])", r"@\1\3"),  # 5 km/h -> 5@km/h
+    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?( ?(/|per) ?({UNIT}|[mhs]))?(?![A-Za-z])", r"@\1\3"),  # 5 cm -> 5@cm
     (r"(\^ ?)?\{? ?° ?\}?", "@degree"),  # 36^{°} -> 36@degree
     (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),  # 4.5 x 10^33 -> 4.5*10^33
     (r"^ *[a-z] ?\\in(?![A-Za-z])", ""),  # x \in [2, 3] ->  [2, 3]
     (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
-    (r"(?<![\w.}/*^])(\d+)( ?\\frac{+(\d+)}+{+(\d+)}+| (\d+)/(\d+)(?!\.?\d))", r"(\1+\3\5/\4\6)"),  # 2 1/2 -> (2+1/2)
+    (r"(?<![\w.}/*^])(\d+)( ?\\frac{+(\d+)}+{+(\d+)}+| (\d+)/(\d+)(?!\.?\d))",  # 2 1/2 -> (2+1/2)
+     r"(\1+\3\5/\4\6)"),
     (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\}", r"\1\2 "),  # x^{2}y -> x^2 y
     (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
-    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda m: m[0].lower()),  # Even -> even
+    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda match: match[0].lower()),  # Even -> even
     (r"^ +|[ .,;:]+$", "")]]  # 5. -> 5
 NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
-TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|\S")
+TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
 GOLD_LHS = r"((\\?[A-Za-z]+(_{?\w+}?)? ?( ?\([A-Za-z, ]*\))?|\([A-Za-z, ]+\)) *=)?"  # x =, f(x) =
 REPLY_LHS = r"((?=[^=]*[A-Za-z])([_^(]\d+|[^\d=,;]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?"  # AB + AC =
 APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, op.pow)}
@@ -59,57 +60,61 @@ def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
     elif token == r"\frac":
         value = _evaluate(tokens, 3) / _evaluate(tokens, 3)
     elif token == "√":
-        value = Fraction(math.isqrt(int(_evaluate(tokens, 3) * SCALE**2)), SCALE)
+        value = Fraction(math.isqrt(int(_evaluate(tokens, 3) * 10**800)), 10**400)
     elif NAME.fullmatch(token):  # the same name, the same fraction
         value = Fraction(random.Random(token).getrandbits(200), 10**60 + 7)
     else:
         value = Fraction(token)
     while tokens[-1] not in ")}" and APPLY.get(tokens[-1], APPLY["*"])[0] > level:
         sign = tokens.pop() if tokens[-1] in APPLY else ""
-        if sign == "" and (value == 0 or tokens[-1][0] in ".0123456789"):
-            raise ValueError("two numbers side by side are two answers, 0 maybe is not 0")
+        hedge = sign == "" and (value == 0 or tokens[-1][0] in ".0123456789")  # 0 apples; 5 6
         precedence, apply = APPLY[sign or "*"]
-        right, bits = _evaluate(tokens, precedence), (value.numerator * value.denominator).bit_length()
-        if bits * (abs(right) if sign == "^" else 1) > MAX_BITS or sign == "^" and right.denominator > 1:
-            raise ValueError("too large, or not an integer power")
+        right = _evaluate(tokens, precedence)
+        power = abs(right) if sign == "^" else 1
+        bits = power * (value.numerator * value.denominator).bit_length()
+        if hedge or bits > MAX_BITS or power.denominator > 1:
+            raise ValueError("two answers, or too large, or a root")
         value = apply(value, right)
     return value
 
 def _split(text: str, marks: str) -> list[str]:
     """Split outside all brackets; nothing comes back where a bracket closes that was not opened."""
     parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
         if depth < 0:
             return []
-        parts[-1:] = [parts[-1], ""] if depth == 0 and character in marks else [parts[-1] + character]
+        parts[-1:] = [parts[-1], ""] if depth == 0 and char in marks else [parts[-1] + char]
     return [part.strip() for part in parts if part.strip()]
 
 def _canonical(text: str) -> tuple:
     """A hashable form of a rewritten answer; equal forms are equal answers."""
-    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",;")
+    pair, inside, items = text[:1] + text[-1:], _split(text[1:-1], ",;"), _split(text, ",;")
     if inside and pair == "{}":
         return _canonical(text[1:-1].strip())
-    items = [item.replace("±", s) for item in _split(text, ",;") for s in ("+-" if "±" in item else "+")]
+    items = [item.replace("±", s) for item in items for s in ("+-" if "±" in item else "+")]
     for kind, parts in ("list", items), ("union", _split(text, "∪")), ("equal", _split(text, "=")):
         if len(parts) > 1:
-            forms = Counter(map(_canonical, parts))  # without order; and 2 + 3 = 5 is 5
-            return (kind, frozenset(forms.items())) if kind == "list" or len(forms) > 1 else [*forms][0]
-    if len(sides := re.split("([<>≤≥])", text)) > 1:  # x ≥ 5 is 5 ≤ x
-        if sides[1] in ">≥":
+            forms = Counter(map(_canonical, parts))  # without order
+            single = kind != "list" and len(forms) == 1  # 2 + 3 = 5 is 5
+            return [*forms][0] if single else (kind, frozenset(forms.items()))
+    if len(sides := re.split("([<>≤≥])", text)) > 1:
+        if sides[1] in ">≥":  # x ≥ 5 is 5 ≤ x
             sides = [side.translate(str.maketrans(">≥<≤", "<≤>≥")) for side in sides[::-1]]
         return "order", *sides[1::2], *map(_canonical, sides[::2])
     if len(inside) > 1 and pair in ("()", "[]", "(]", "[)"):  # (2,251,252) is a triple
         return pair, *map(_canonical, inside)
     try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
         free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
-        terms = _split(re.sub(r"(?<!\^)-", "+-", text), "+") if free else _split(text, "")
-        return "value", *sorted(round(_evaluate([")", *TOKEN.findall(t)[::-1]]), DIGITS) for t in terms or "?")
+        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦,;") or "?"
+        values = [_evaluate([")", *TOKEN.findall(term)[::-1]]) for term in terms]
+        return "value", *sorted(round(value, 300) for value in values)  # roots are rounded
     except (ValueError, IndexError, ZeroDivisionError, RecursionError):
         return "text", re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 def _same(gold: str, reply: str) -> bool:
-    if gold == reply or len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN:
+    large = len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN
+    if gold == reply or large:
         return gold.strip() == reply.strip() != ""
     for pattern, new in RULES:
         gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
@@ -126,8 +131,7 @@ def _same(gold: str, reply: str) -> bool:
 def extract_answer(response: str) -> str | None:
     r"""Content of the \boxed{} or \fbox{} that closes last, after the last </think>, or None.
 
-    A <think> that is never closed gives None; without think tags the whole response is read. Where
-    the prompt ends in <think>, pass "<think>" + completion: then a missing </think> counts.
+    An open <think> gives None. Where the prompt ends in <think>, pass "<think>" + completion.
     >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
@@ -146,5 +150,5 @@ def is_correct(response: str, answer: str | int | float | list) -> bool:
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, (list, tuple)) else [answer]
+    reply, golds = extract_answer(response), answer if isinstance(answer, list) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
