@@ -161,11 +161,11 @@ PRESETS = {
 # matrix, ...) and evaluated in exact fractions; equal forms are equal answers. A name (π, x, apple)
 # is a random fraction, a root its first 400 digits; what does not parse is text. No algebra.
 MAX_RESPONSE, MAX_ANSWER, MAX_DEPTH, MAX_BITS = 100_000, 600, 30, 20_000  # these bound the work
-SYMBOLS = dict(pair.split("→") for pair in r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ sqrt→√ \sqrt→√
+SYMBOLS = dict(re.findall(r"(\S+)→(\S*)", r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ sqrt→√ \sqrt→√
     pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥ \ge→≥
-    \geq→≥ \geqslant→≥ \approx→= \in→= and→, or→, &→, \\→),( \{→{ \}→} \dfrac→\frac \tfrac→\frac
-    \displaystyle→~ ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8 ⁹→9 \circ→° @→? \dollar→@dollar %→@percent
-    \%→@percent percent→@percent $→~ \$→~ \(→~ \)→~ \left→~ \right→~ \quad→~""".split())
+    \geq→≥ \geqslant→≥ \neq→\ne \approx→= \in→= and→, or→, &→, \\→),( \{→{ \}→} \dfrac→\frac
+    \tfrac→\frac ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8 ⁹→9 \circ→° \dollar→@dollar %→@percent
+    \%→@percent percent→@percent @→? $→~ \$→~ \(→~ \)→~ \left→~ \right→~ \displaystyle→~ \quad→~"""))
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
 UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard"
         r"|mile|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month"
@@ -173,8 +173,8 @@ UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|
 RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(\\left ?[([] *)?\\begin\{([pb]matrix|array\}\{[clr|]+)\}", "[("),  # \begin{pmatrix}1 -> [(1
     (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
-    (r"(?<=\d)(?<!\d{4})(,?\\!|\\,|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
-    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234, but (1,234)
+    (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
+    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234
      lambda m: m[0].replace(",", "")),
     (r"\\\$ ?([\d,.]*\d)", r"\1\\dollar"),  # \$5 -> 5\dollar
     ("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}"),  # 10⁻³ -> 10^{⁻³}
@@ -284,7 +284,7 @@ def extract_answer(response: str) -> str | None:
             opened.append(match.end() if match[1] else 0)  # 0: a brace, not a box
     return None if "<think>" in tail else answer
 
-def is_correct(response: str, answer: str | int | float | list) -> bool:
+def is_correct(response: str, answer: str | float | list) -> bool:
     r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
