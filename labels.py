@@ -13,9 +13,9 @@ from itertools import accumulate
 MAX_RESPONSE, MAX_ANSWER, MAX_DEPTH, MAX_BITS = 100_000, 600, 30, 20_000  # these bound the work
 SYMBOLS = dict(re.findall(r"(\S+)→(\S*)", r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ sqrt→√ \sqrt→√
     pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥ \ge→≥
-    \geq→≥ \geqslant→≥ \neq→\ne \approx→= \in→= and→, or→, &→, \\→),( \{→{ \}→} \dfrac→\frac
+    \geq→≥ \geqslant→≥ \neq→\ne \approx→= \in→= and→, or→, &→, \\→),( \{→{ \}→} \dfrac→\frac @→?
     \tfrac→\frac ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8 ⁹→9 \circ→° \dollar→@dollar %→@percent
-    \%→@percent percent→@percent @→? $→~ \$→~ \(→~ \)→~ \left→~ \right→~ \displaystyle→~ \quad→~"""))
+    \%→@percent percent→@percent $→~ \$→~ \(→~ \)→~ \left→~ \right→~ \displaystyle→~ \quad→~"""))
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
 UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard"
         r"|mile|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month"
@@ -38,7 +38,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
     (r"(?<=\d) ?\\frac{+(\d+)}+{+(\d+)}+", r" \1/\2"),  # 2\frac{1}{2} -> 2 1/2
     (r"(?<![\w.}/*^])(\d+) (\d+/\d+)(?!\.?\d)", r"(\1+\2)"),  # 2 1/2 -> (2+1/2)
-    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\}", r"\1\2 "),  # x^{2}y -> x^2 y
+    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
     (r"(?<![A-Za-z\\])@?[A-Za-z]{2,}( [A-Za-z]{2,})*",  # No solution -> nosolution
      lambda m: m[0].lower().replace(" ", "")),
     (r"^ +|[ .,;:]+$", "")]]  # 5. -> 5
