@@ -182,7 +182,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (TEXT + r"\{[ ~]*([mgshLNJWVAKC](/[a-z]+)?)[ ~]*\}", r"@\1"),  # 5\text{ m} -> 5@m
     (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
     (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
-    (rf"(?<=[\d.)}}π]) ?({UNIT})(e?s)?( ?(/|per) ?({UNIT}|[mhs]))?\b", r"@\1\3"),  # 5 cm -> 5@cm
+    (rf"(?<=[\d.)}}π]) ?({UNIT})(e?s)?( ?(/|per)? ?({UNIT}|[mhs]))?\b", r"@\1\3"),  # 5 cm -> 5@cm
     (r"(\^ ?)?\{? ?° ?\}?", "@degree"),  # 36^{°} -> 36@degree
     (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),  # 4.5 x 10^33 -> 4.5*10^33
     (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
@@ -245,7 +245,7 @@ def _canonical(text: str) -> tuple:
         if sides[1] in ">≥":  # x ≥ 5 is 5 ≤ x
             sides = [side.translate(str.maketrans(">≥<≤", "<≤>≥")) for side in sides[::-1]]
         return "order", *sides[1::2], *map(_canonical, sides[::2])
-    if len(inside) > 1 and pair in ("()", "[]", "(]", "[)"):  # (2,251,252) is a triple
+    if len(inside) > (pair != "[]") and pair in ("()", "[]", "(]", "[)"):  # (2,251,252); [(1,2)]
         return pair, *map(_canonical, inside)
     try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
         free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
@@ -289,7 +289,7 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, list) else [answer]
+    reply, golds = extract_answer(response), answer if isinstance(answer, list | tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
 # ==== Objectives ======================================================================================================

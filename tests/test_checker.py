@@ -160,6 +160,7 @@ ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says mo
             r"5\,\text{cm}",
             "5 cm",
             "5 km/h",
+            "5 kmh",
             r"5\text{ m}",
             r"5\text{ m/s}",
             r"5\mathrm{~kg}",
