@@ -139,5 +139,5 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, list | tuple) else [answer]
+    reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
