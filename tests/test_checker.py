@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 import time
-from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,68 +23,27 @@ def graded(reply: str, gold) -> bool:
 # both directions where both are values.
 SAME = [
     # ours: one number in many spellings
-    [
-        "5",
-        "$5$",
-        r"\text{5}",
-        "5.",
-        " 5 ",
-        "05",
-        "5.0",
-        "+5",
-        "10/2",
-        r"\frac{10}{2}",
-        r"\boxed{5}",
-        r"\mathbf{5}",
-        "{5}",
-        r"\(5\)",
-        r"5\$",
-    ],
+    ["5", "$5$", r"\text{5}", "5.", " 5 ", "05", "5.0", "+5", "10/2", r"\frac{10}{2}",
+     r"\boxed{5}", r"\mathbf{5}", "{5}", r"\(5\)", r"5\$"],
     ["-5", "−5", "–5", "- 5", "-5.00", r"-\frac{10}{2}", r"\frac{-10}{2}", r"\frac{10}{-2}"],
     ["10080", "10,080", "10{,}080", r"10\,080", r"10,\!080", "10080.0"],
     ["11111111100", r"11,\! 111,\! 111,\! 100", "11,111,111,100"],
-    [
-        r"\frac12",
-        "1/2",
-        "0.5",
-        ".5",
-        r"\dfrac{1}{2}",
-        r"\tfrac12",
-        r"\frac 1 2",
-        r"\frac{1}2",
-        r"\displaystyle\frac{1}{2}",
-    ],
+    [r"\frac12", "1/2", "0.5", ".5", r"\dfrac{1}{2}", r"\tfrac12", r"\frac 1 2", r"\frac{1}2",
+     r"\displaystyle\frac{1}{2}"],
     [r"2\frac{1}{2}", "5/2", "2.5", "2 1/2", r"2 \frac12", r"2\tfrac12"],
     [r"-2\frac{1}{2}", "-5/2", "-2 1/2"],
-    [
-        "4.5e33",
-        "4.5E33",
-        "4.5e+33",
-        r"4.5 \times 10^{33}",
-        r"4.5\cdot10^{33}",
-        "4.5×10^33",
-        "4.5 × 10³³",
-        "4.5 * 10**33",
-        "4.5 x 10^33",
-        r"45\times10^{32}",
-    ],
+    ["4.5e33", "4.5E33", "4.5e+33", r"4.5 \times 10^{33}", r"4.5\cdot10^{33}", "4.5×10^33",
+     "4.5 × 10³³", "4.5 * 10**33", "4.5 x 10^33", r"45\times10^{32}"],
     ["6.67e-11", r"6.67\times 10^{-11}", "6.67 × 10⁻¹¹", "6.67*10^-11"],
     ["1024", "2^{10}", "2^10", "4^5"],
     ["2^{1234567890}", "2¹²³⁴⁵⁶⁷⁸⁹⁰"],  # too large to be evaluated
     [r"\begin{pmatrix}0.5 & 2\end{pmatrix}", r"\begin{bmatrix}\frac12&2\end{bmatrix}"],
-    [
-        r"2\sqrt{3}",
-        r"\sqrt{12}",
-        r"2\sqrt3",
-        r"2 \cdot \sqrt{3}",
-        "2sqrt(3)",
-        "2√3",
-        "2·√3",
-        r"\frac{6}{\sqrt{3}}",
-        r"\sqrt3\cdot 2",
-    ],
-    [r"\frac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}", r"\frac12\sqrt3", r"\sqrt{3}/2", r"\frac{3}{2\sqrt3}"],
-    [r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}", r"(1+\sqrt5)/2", r"\frac{\sqrt{5}+1}{2}"],
+    [r"2\sqrt{3}", r"\sqrt{12}", r"2\sqrt3", r"2 \cdot \sqrt{3}", "2sqrt(3)", "2√3", "2·√3",
+     r"\frac{6}{\sqrt{3}}", r"\sqrt3\cdot 2"],
+    [r"\frac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}", r"\frac12\sqrt3", r"\sqrt{3}/2",
+     r"\frac{3}{2\sqrt3}"],
+    [r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}", r"(1+\sqrt5)/2",
+     r"\frac{\sqrt{5}+1}{2}"],
     [r"\frac{\pi}{2}", r"\pi/2", r"\frac12\pi", r"0.5\pi", r"\frac\pi2", "π/2", "pi/2"],
     [r"18+2\pi", r"2\pi+18", r"2(9+\pi)"],
     [r"1-\frac{1}{e}", "1-e^{-1}", r"\frac{e-1}{e}"],
@@ -96,8 +54,10 @@ SAME = [
     # ours: structure
     ["(1,2)", "(1, 2)", r"\left(1,\,2\right)", r"(1,\ 2.0)"],
     ["(3,4]", r"\left(3, 4\right]"],
-    [r"(-\infty,2)\cup(3,\infty)", r"(3,+\infty)\cup(-\infty,2)", r"(-∞,2)∪(3,∞)", r"(-infty,2)\cup(3,infty)"],
-    ["1,-2", "-2, 1", r"-2 \text{ and } 1", r"\{1,-2\}", "1 or -2", "-2; 1", r"x=1\text{ or }x=-2", r"x=1,\quad x=-2"],
+    [r"(-\infty,2)\cup(3,\infty)", r"(3,+\infty)\cup(-\infty,2)", r"(-∞,2)∪(3,∞)",
+     r"(-infty,2)\cup(3,infty)"],
+    ["1,-2", "-2, 1", r"-2 \text{ and } 1", r"\{1,-2\}", "1 or -2", "-2; 1",
+     r"x=1\text{ or }x=-2", r"x=1,\quad x=-2"],
     [r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}", r"x = 1\pm\sqrt{19}", r"1 ± √19"],
     [r"\{1\pm\sqrt5,-2\}", r"\{-2, 1+\sqrt5, 1-\sqrt5\}"],
     [r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{bmatrix}0.2\\-3.6\\\end{bmatrix}"],
@@ -131,12 +91,9 @@ SAME = [
     # thousands with a space, tables as matrices, another union, a unit without its \text
     ["1000", "1 000", r"1\ 000", "1~000", r"1\,000", "1 000.0"],
     ["12345678", "12 345 678", "12,345,678"],
-    [
-        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
-        r"\begin{array}{cc}1&2\\3&4\end{array}",
-        r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)",
-        r"\left[ \begin{array}{r|r} 1 & 2 \\ 3 & 4 \\ \end{array} \right]",
-    ],
+    [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{array}{cc}1&2\\3&4\end{array}",
+     r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)",
+     r"\left[ \begin{array}{r|r} 1 & 2 \\ 3 & 4 \\ \end{array} \right]"],
     [r"(1,2)\bigcup(3,4)", r"(1,2)\cup(3,4)", "(3,4)∪(1,2)"],
     [r"(\pm 3, 0)", "(3,0),(-3,0)"],
     ["1000x^2", "1,000x^2"],
@@ -147,35 +104,12 @@ SAME = [
     [r"\text{no solution}", "no solution"],
     [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}", r"(\text{B})"],
 ]
-ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says more, and the other way round
-    (
-        "5",
-        [
-            "x=5",
-            "f(2) = 5",
-            "AB + AC = 5",
-            r"\angle A = 5",
-            "2+3=5",
-            r"5\text{ cm}",
-            r"5\,\text{cm}",
-            "5 cm",
-            "5 km/h",
-            "5 kmh",
-            r"5\text{ m}",
-            r"5\text{ m/s}",
-            r"5\mathrm{~kg}",
-            "5 miles per hour",
-            r"\$5",
-            "5 dollars",
-            r"5^\circ",
-            r"5^{\circ}",
-            "5°",
-            "5 degrees",
-            r"5\%",
-            "5 percent",
-            "5 square units",
-        ],
-    ),
+ONE_WAY = [  # gold, replies: one of them may say more (a name, a unit) than the other
+    ("5",
+     ["x=5", "f(2) = 5", "AB + AC = 5", r"\angle A = 5", "2+3=5", r"5\text{ cm}",
+      r"5\,\text{cm}", "5 cm", "5 km/h", "5 kmh", r"5\text{ m}", r"5\text{ m/s}",
+      r"5\mathrm{~kg}", "5 miles per hour", r"\$5", "5 dollars", r"5^\circ", r"5^{\circ}",
+      "5°", "5 degrees", r"5\%", "5 percent", "5 square units"]),
     ("x=5", ["5", "5 = x"]),
     ("y = 2x + 3", ["2x+3", "3+2x = y"]),
     (r"x \in [-2,7]", ["[-2,7]"]),
@@ -197,53 +131,13 @@ ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says mo
 ]
 WRONG = [  # gold, replies
     # hedges: two answers where the gold has one
-    (
-        "5",
-        [
-            "5 or 6",
-            r"5 \text{ or } 6",
-            "5 and 6",
-            "5, 6",
-            "5; 6",
-            r"\pm 5",
-            "5 6",
-            r"5\quad 6",
-            r"5 \\ 6",
-            "5 (or 6)",
-            "5) 6",
-            "5 = 6",
-            "6 = 5",
-            "x=5=6",
-            "x = 5, 6",
-            "x=5 or x=6",
-            "5 | 6",
-            r"5 \lor 6",
-            r"\{5,6\}",
-            "[5,6]",
-            "5 to 6",
-            "5-6",
-            r"5\text{ cm or }6\text{ cm}",
-            r"5\text{cm}6",
-            "5, 5",
-            "not 5",
-            "5?",
-            "5 ± 1",
-            r"5 \text{ or more}",
-            "> 5",
-            "x > 5",
-            r"5 \text{ million}",
-            "5x",
-            "2x = 5",
-            "",
-            " ",
-            r"\text{}",
-            "cm",
-            "five or 5",
-            r"5 \approx 6",
-            r"5\to 6",
-            "5@six",
-        ],
-    ),
+    ("5",
+     ["5 or 6", r"5 \text{ or } 6", "5 and 6", "5, 6", "5; 6", r"\pm 5", "5 6", r"5\quad 6",
+      r"5 \\ 6", "5 (or 6)", "5) 6", "5 = 6", "6 = 5", "x=5=6", "x = 5, 6", "x=5 or x=6",
+      "5 | 6", r"5 \lor 6", r"\{5,6\}", "[5,6]", "5 to 6", "5-6",
+      r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
+      r"5 \text{ or more}", "> 5", "x > 5", r"5 \text{ million}", "5x", "2x = 5", "", " ",
+      r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six"]),
     ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
     ("30", ["5 6", "5) 6"]),
     ("B", ["A or B", "A, B", "AB", "A"]),
@@ -280,7 +174,8 @@ WRONG = [  # gold, replies
     (r"(0,9) \cup (9,36)", ["(0,9)", "(0,36)"]),
     (r"1\pm\sqrt{19}", [r"1+\sqrt{19}", r"\pm\sqrt{19}"]),
     # inequalities, exponents and indices, choices, thousands, tables
-    (r"x \ge 5", ["x > 5", r"x \le 5", r"y \ge 5", "x >= 6", "5", "x = 5", r"5 \ge x", r"[5, \infty)"]),
+    (r"x \ge 5", ["x > 5", r"x \le 5", r"y \ge 5", "x >= 6", "5", "x = 5", r"5 \ge x",
+                  r"[5, \infty)"]),
     ("5", [r"x \ge 5", "5 <= x", ">= 5", "x <= 5"]),
     ("1 < x < 5", ["1 < x", "5 < x < 1", r"1 < x \le 5", "1 > x > 5"]),
     ("x^{2}", ["x_{2}", "x_2", "x^3", "x2"]),
@@ -319,7 +214,9 @@ WRONG = [  # gold, replies
 
 @pytest.mark.parametrize("forms", SAME, ids=lambda forms: forms[0])
 def test_the_same_value_written_another_way(forms):
-    assert not [(a, b) for a in forms for b in (forms[0],) if not graded(a, b) or not graded(b, a) and "=" not in a]
+    gold = forms[0]
+    assert [form for form in forms if not graded(form, gold)] == []
+    assert [form for form in forms if "=" not in form and not graded(gold, form)] == []
 
 
 @pytest.mark.parametrize("gold, replies", ONE_WAY, ids=str)
@@ -407,7 +304,7 @@ def seconds_of(work) -> float:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_input_costs_no_more_than_a_batch_of_answers(name):
-    """A bound that no machine's speed moves: 1,000 ordinary checks take longer than the worst input."""
+    """On any machine: 1,000 ordinary checks take longer than the worst input."""
     ordinary = seconds_of(lambda: [graded(r"\frac{10}{2}", str(n)) for n in range(1000)])
     for gold in ("5", HOSTILE[name][7:-1]):
         assert seconds_of(lambda: is_correct(HOSTILE[name], gold)) < ordinary
@@ -446,7 +343,7 @@ def test_never_raises_on_any_text(response, gold):
 
 
 @BOX
-@given(st.one_of(VALUE, st.text("abcxyz0123456789+-*/^(), .", min_size=1).filter(lambda text: text.strip(" .,;"))))
+@given(VALUE | st.text("abcxyz0123456789+-*/^(), .", min_size=1).filter(lambda t: t.strip(" .,;")))
 def test_every_answer_equals_itself(text):
     assert graded(text, text)
 
@@ -473,8 +370,8 @@ def test_formatting_changes_nothing(value):
         "x = %s",
     ]
     assert [form for form in forms if not graded(form % value, value)] == []
-    stretched = value.replace("(", r"\left( ").replace(")", r" \right)").replace(r"\frac", r"\dfrac")
-    assert graded(stretched, value)
+    stretched = value.replace("(", r"\left( ").replace(")", r" \right)")
+    assert graded(stretched.replace(r"\frac", r"\dfrac"), value)
 
 
 @BOX
@@ -491,13 +388,13 @@ def test_roots_against_their_squares(a, m, b, n):
 
 
 def test_committed_cases():
-    """The cases that compare_checkers.py generated: no false accept, and nearly every spelling is accepted."""
-    accepted = defaultdict(list)
+    """The cases that compare_checkers.py generated: each gets its verdict."""
+    wrong = []
     for line in (Path(__file__).with_name("compare_cases.jsonl")).open():
         case = json.loads(line)
-        accepted[case["kind"], case["expected"]].append(is_correct(case["response"], case["answer"]))
-    for (kind, expected), found in accepted.items():
-        assert sum(found) / len(found) >= 0.97 if expected else not any(found), kind
+        if is_correct(case["response"], case["answer"]) != bool(case["expected"]):
+            wrong.append((case["kind"], case["answer"], case["response"]))
+    assert wrong == []
 
 
 def test_each_rule_does_what_the_example_beside_it_says():
