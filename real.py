@@ -465,7 +465,8 @@ def token_logprobs(model, batch, rows, config):
         attend = ((branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)).tril()[:, None]
     position = None if attend is None else position
     hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position, use_cache=False)[0]
-    hidden = torch.cat([h[b] for h, b in zip(hidden, before)])  # (n, H)
+    # Not h[b]: b repeats indices, and in the backward pass of indexing the threads add in any order.
+    hidden = torch.cat([F.embedding(b, h) for h, b in zip(hidden, before)])  # (n, H)
     head = model.get_output_embeddings()
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
               for h, o in zip(hidden.split(1024), ids[mask].split(1024))]
