@@ -571,6 +571,12 @@ def validate(model, tokenizer, problems, config):
 
 # ==== Update and training ============================================================================================
 
+def round_weights(model):
+    """Round the parameters to bfloat16, and no buffer: rotary frequencies in bfloat16 are radians off after 1,000 tokens."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
+
 def offload_gradients(model, master):
     """From now on the gradient of each weight moves to its master on the CPU as soon as a backward pass has it."""
     def move(p):
@@ -630,8 +636,9 @@ def train(config):
     held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split) if config.eval_every else []
     held_out = held_out[: config.eval_limit]
     # At lr 2e-6 most updates are smaller than the spacing of bfloat16 numbers: they gather in fp32, on the CPU.
-    model = copy.deepcopy(master).to(device, torch.bfloat16) if config.low_memory else master.to(device)
-    reference = load_model(config.model)[0].to(device, model.dtype) if config.needs_reference else None
+    rounded = round_weights if config.low_memory else lambda model: model
+    model = rounded(copy.deepcopy(master) if config.low_memory else master).to(device)
+    reference = rounded(load_model(config.model)[0]).to(device) if config.needs_reference else None
     optimizer = torch.optim.AdamW(  # fused: many times as fast on the CPU (tests/benchmark.py)
         master.parameters(), config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if folder:

@@ -1,9 +1,14 @@
 """What once went wrong, each with a test that failed then."""
 
+import copy
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import real
 
@@ -24,6 +29,14 @@ def run(*flags, **more):
     return process.returncode, out, err
 
 
+def load(file):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem + "_script", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # ---- One seed, one result ---------------------------------------------------------------------------------------------
 
 
@@ -39,3 +52,65 @@ def test_one_seed_gives_one_result_with_two_threads_on_a_busy_machine(tmp_path):
         assert process.returncode == 0, err
     weights = [(tmp_path / str(i) / "checkpoint-000002" / "model.safetensors").read_bytes() for i in range(4)]
     assert all(w == weights[0] for w in weights)
+
+
+# ---- Low memory rounds parameters, not buffers ------------------------------------------------------------------------
+
+
+def forwards(action):
+    """Every module whose `forward` ran while `action` did, in the order of its first call."""
+    seen = {}
+    hook = register_module_forward_pre_hook(lambda module, args: seen.setdefault(id(module), module) and None)
+    try:
+        action()
+    finally:
+        hook.remove()
+    return list(seen.values())
+
+
+def assert_only_parameters_are_rounded(modules):
+    rotary = [m for m in modules if hasattr(m, "inv_freq")]
+    for m in rotary:
+        assert m.inv_freq.dtype == torch.float32 and torch.equal(m.inv_freq.cpu(), type(m)(config=m.config).inv_freq)
+    assert rotary and all(p.dtype == torch.bfloat16 for m in modules for p in m.parameters())
+
+
+def test_low_memory_trains_the_model_with_rounded_parameters(tmp_path):
+    """Was: `.to(device, torch.bfloat16)` rounded the rotary frequencies too, so that positions 3,000 tokens apart were
+    some 4 rad out of phase and logits far more wrong than rounding the weights makes them.
+
+    The model that ran must be the saved fp32 one with its parameters rounded: both are evaluated in fp32 by the same
+    operations, so their logits are equal, whatever the CPU.
+    """
+    config = real.Config(low_memory=True, objective="grpo", steps=1, prompts=4, mini_batches=2, group_size=4,
+                         eval_every=0, output_dir=str(tmp_path / "run"))
+    modules = forwards(lambda: real.train(config))
+    saved, _ = real.load_model(str(tmp_path / "run" / "checkpoint-000001"))
+    rounded = copy.deepcopy(saved)
+    for p in rounded.parameters():
+        p.data = p.data.bfloat16().float()
+    base = next(m for m in modules if type(m) is type(saved.base_model))  # the first to run is trained, the other pi_ref
+    saved_base = copy.deepcopy(saved.base_model)
+    saved_base.load_state_dict(base.state_dict())  # its parameters, in fp32
+    saved_base.rotary_emb.inv_freq = base.rotary_emb.inv_freq.float()
+    ids = torch.randint(100, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+    position = torch.cat([torch.arange(32), torch.arange(3000, 3032)])[None]
+    with torch.no_grad():
+        exact, alone = (m(input_ids=ids, position_ids=position).logits for m in (saved, rounded))
+        live = rounded.lm_head(saved_base(input_ids=ids, position_ids=position)[0])
+    error = [(x - exact).abs().mean().item() for x in (alone, live)]
+    print("mean error of logits: parameters rounded {:.4f}, as trained {:.4f}".format(*error))
+    assert torch.equal(live, alone)
+    assert_only_parameters_are_rounded(modules)
+
+
+def test_eval_and_benchmark_round_parameters_alone(tmp_path, monkeypatch):
+    """Was: as above, wherever a model went to the GPU. Here the GPU is the CPU under another name."""
+    benchmark, evaluate = (load(ROOT / file) for file in ("tests/benchmark.py", "eval.py"))
+    assert_only_parameters_are_rounded(forwards(lambda: benchmark.card(0)))
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **more: to(
+        self, *("cpu" if str(x) == "cuda" else x for x in args), **{k: "cpu" if k == "device" else v for k, v in more.items()}))
+    flags = ["--samples", "2", "--limit", "2", "--max_new_tokens", "8", "--output_dir", str(tmp_path)]
+    assert_only_parameters_are_rounded(forwards(lambda: evaluate.main(flags)))
