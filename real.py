@@ -701,8 +701,8 @@ def shown(name):
 def load_model(name):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # unsaid, it asks, and a "y" runs code
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise UserError(f"cannot load model {name}: {first_line(e)}") from e
     if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":

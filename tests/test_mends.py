@@ -2,11 +2,14 @@
 
 import copy
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -17,15 +20,15 @@ QUICK = ["--steps", "2", "--prompts", "4", "--mini_batches", "2", "--group_size"
 
 
 def start(*flags, script="real.py", threads=1, **more):
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"} | more
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run(*flags, **more):
-    """Exit code, output and errors of one command."""
+def run(*flags, answers="", **more):
+    """Exit code, output and errors of one command; `answers` is its stdin."""
     process = start(*flags, **more)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(answers, timeout=300)
     return process.returncode, out, err
 
 
@@ -114,3 +117,26 @@ def test_eval_and_benchmark_round_parameters_alone(tmp_path, monkeypatch):
         self, *("cpu" if str(x) == "cuda" else x for x in args), **{k: "cpu" if k == "device" else v for k, v in more.items()}))
     flags = ["--samples", "2", "--limit", "2", "--max_new_tokens", "8", "--output_dir", str(tmp_path)]
     assert_only_parameters_are_rounded(forwards(lambda: evaluate.main(flags)))
+
+
+# ---- No code from a checkpoint ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["real.py", "eval.py"])
+@pytest.mark.parametrize("part", ["config", "tokenizer_config"])
+def test_a_checkpoint_runs_no_code(tmp_path, part, script):
+    """Was: transformers asks on stdin whether to run a checkpoint's own Python, and a `y` (from `yes |`, say) ran it."""
+    model, marker = tmp_path / "model", tmp_path / "marker"
+    shutil.copytree(ROOT / "tiny", model)
+    classes = {"config": {"AutoConfig": "code.Any", "AutoModelForCausalLM": "code.Any"},
+               "tokenizer_config": {"AutoTokenizer": ["code.Any", "code.Any"]}}[part]
+    for name, more in (("config", {"model_type": "strange"}), ("tokenizer_config", {"tokenizer_class": "Strange"})):
+        settings = json.loads((model / f"{name}.json").read_text())
+        if name in ("config", part):  # a model type that transformers knows is loaded by transformers' own classes
+            settings |= more | ({"auto_map": classes} if name == part else {})
+        (model / f"{name}.json").write_text(json.dumps(settings))
+    (model / "code.py").write_text(f"open({str(marker)!r}, 'w').write('it ran')\n\nclass Any:\n    pass\n")
+    code, out, err = run("--model", model, "--output_dir", tmp_path / "out", script=script, answers="y\ny\ny\n",
+                         HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert not marker.exists()
+    assert code == 2 and "Traceback" not in err and f"cannot load model {model}" in err.strip().splitlines()[-1]
