@@ -806,12 +806,20 @@ class Run:
     @by_one
     def open(self, config):
         """Claim the folder for this run."""
-        file, new, started = self.path / "config.json", asdict(config), (self.path / "metrics.jsonl").exists()
+        file, new, old = self.path / "config.json", asdict(config), None
+        started = (self.path / "metrics.jsonl").exists() or self.checkpoints()
         if config.resume and not file.exists():
             raise UserError(f"{self.path} holds no run to resume; name its folder with --output_dir")
+        try:
+            old = json.loads(file.read_text()) if file.exists() else None
+        except ValueError:
+            pass  # not a file of ours
+        ours = isinstance(old, dict) and "objective" in old
+        if not ours and self.path.is_dir() and {p.name for p in self.path.iterdir()} - {".lock", ".part"}:
+            raise UserError(f"{self.path} is neither empty nor the folder of a run; choose another --output_dir")
         if started and not config.resume:
             raise UserError(f"{self.path} holds a run already: --resume goes on with it, or move it out of the way")
-        old = json.loads(file.read_text()) if started else new
+        old = old if started else new
         changed = [f"--{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v and k not in self.FREE]
         if changed:
             raise UserError(f"{self.path} has {', '.join(changed)}; only {', '.join(self.FREE)} may change")
@@ -828,20 +836,28 @@ class Run:
         (self.path / ".part").write_text(text)
         (self.path / ".part").replace(self.path / name)
 
+    def checkpoints(self):
+        """Folders of our checkpoints, oldest first; names such as checkpoint-000050-good are somebody else's."""
+        return sorted(p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6}", p.name))
+
     @by_one
     def restore(self):
-        """(step, folder) of the newest whole checkpoint, or (0, None). Cuts the logs back to that step."""
-        step, folder = 0, None
-        for path in sorted(self.path.glob("checkpoint-*")):
+        """(step, folder) of the newest whole checkpoint, or (0, None) if there is none. Cuts the logs back to that step."""
+        step, folder, paths = 0, None, self.checkpoints()
+        for path in paths:
             try:
                 state = json.loads((path / "trainer.json").read_text())
                 for name, digest in state["sha256"].items():
                     if sha256(path / name) != digest:
                         raise ValueError(f"{name} is damaged")
                 step, folder = state["step"], path
-            except (OSError, ValueError, KeyError) as e:
+            except OSError as e:  # it may be whole: a permission, a disk that is away
+                raise UserError(f"cannot read {path}: {first_line(e)}; mend that or move it away, then --resume") from e
+            except (ValueError, KeyError, TypeError) as e:
                 print(f"{path}: {first_line(e)}; this checkpoint is passed over")
-        for file in self.path.glob("*.jsonl"):
+        if paths and not folder:
+            raise UserError(f"no whole checkpoint among {', '.join(map(str, paths))}; move them away to begin again with --resume")
+        for file in filter(Path.exists, (self.path / "metrics.jsonl", self.path / "samples.jsonl")):
             whole = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]
             self.write(file.name, "".join(x for x in whole if json.loads(x)["step"] <= step))
         return step, folder
@@ -862,7 +878,7 @@ class Run:
             part.rename(final)
         except (OSError, RuntimeError, SafetensorError) as e:
             raise UserError(f"cannot save {final}: {first_line(e)}; the checkpoint before it is whole") from e
-        for old in sorted(p for p in self.path.glob("checkpoint-*") if p <= final)[: -self.config.keep]:
+        for old in [p for p in self.checkpoints() if p <= final][: -self.config.keep]:
             shutil.rmtree(old)
 
     def steps(self, start):
@@ -939,7 +955,7 @@ class Run:
             seconds = sum(r["seconds"] for r in rows)
             print(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s of training")
         print(f"Log, samples, checkpoints and a picture: {self.path}\nNext: {PYTHON} eval.py --model "
-              f"{shown(self.config.model)} {sorted(self.path.glob('checkpoint-*'))[-1]}")
+              f"{shown(self.config.model)} {self.checkpoints()[-1]}")
         return rows[-1]
 
 def sha256(path):

@@ -140,3 +140,86 @@ def test_a_checkpoint_runs_no_code(tmp_path, part, script):
                          HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert not marker.exists()
     assert code == 2 and "Traceback" not in err and f"cannot load model {model}" in err.strip().splitlines()[-1]
+
+
+# ---- The run's folder: what is not ours stays -------------------------------------------------------------------------
+
+
+def contents(folder):
+    """{path: bytes} of every file but the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    real.train(real.parse([*QUICK, "--save_every", "1", "--output_dir", str(folder)]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["a model", "a user's files", "a config of something else", "checkpoints without a log"])
+def test_a_folder_that_is_not_a_run_of_ours_is_refused_untouched(kind, tmp_path, finished_run, capsys):
+    """Was: `--output_dir` naming a model's folder replaced its config.json, and the model no longer loaded; any other
+    folder was filled; checkpoints whose log was gone were replaced."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    if kind == "a model":
+        shutil.copytree(ROOT / "tiny", folder, dirs_exist_ok=True)
+    elif kind == "a user's files":
+        (folder / "rows.jsonl").write_text('{"mine": 1}\n')
+    elif kind == "a config of something else":
+        (folder / "config.json").write_text("[1, 2]")
+    else:
+        shutil.copytree(finished_run, folder, dirs_exist_ok=True)
+        (folder / "metrics.jsonl").unlink()
+    before = contents(folder)
+    with pytest.raises(SystemExit) as e:
+        real.main([*QUICK, "--output_dir", str(folder)])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and said[-1].startswith(f"real.py: error: {folder}") and "Traceback" not in "".join(said)
+    assert contents(folder) == before
+
+
+def test_a_users_files_in_a_run_are_left_alone(tmp_path, finished_run):
+    """Was: every *.jsonl was rewritten at each start, row by row (49 of 50 rows of a user's data were lost), a copy
+    checkpoint-000001-good was deleted as too old, checkpoint-best was resumed from, and a .tar ended the run."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    (folder / "data.jsonl").write_text('{"step": 1}\n{"step": 99}\nhalf a li')
+    for name in ("checkpoint-000001-good", "checkpoint-best"):
+        shutil.copytree(folder / "checkpoint-000001", folder / name)
+    (folder / "checkpoint-000001.tar").write_bytes(b"an archive")
+    mine = {k: v for k, v in contents(folder).items() if k.startswith(("data", "checkpoint-000001-", "checkpoint-best"))
+            or k.endswith("tar")}
+    flags = [*QUICK, "--save_every", "1", "--keep", "1", "--output_dir", str(folder), "--resume", "--steps", "3"]
+    assert real.train(real.parse(flags))["step"] == 3
+    assert mine.items() <= contents(folder).items() and len(mine) > 10
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3] and not (folder / "checkpoint-000002").exists()
+
+
+@pytest.mark.parametrize("broken", [["checkpoint-000002"], ["checkpoint-000001", "checkpoint-000002"]])
+@pytest.mark.parametrize("how", ["unreadable", "damaged"])
+def test_a_checkpoint_that_cannot_be_read_stops_the_run(tmp_path, finished_run, broken, how, capsys):
+    """Was: an I/O error was "passed over": with no other checkpoint the run began again at step 1, emptied its logs and
+    replaced the good checkpoints. A damaged one is still passed over, but only for one that is whole."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    for name in broken:
+        file = folder / name / "optimizer.pt"
+        file.unlink()
+        if how == "unreadable":
+            file.symlink_to(file)  # a loop: reading it is an error of the system, for root too
+        else:
+            file.write_bytes(b"")
+    before = contents(folder)
+    flags = [*QUICK, "--save_every", "1", "--output_dir", str(folder), "--resume", "--steps", "3"]
+    if how == "damaged" and len(broken) == 1:
+        assert real.train(real.parse(flags))["step"] == 3
+        return
+    with pytest.raises(SystemExit) as e:
+        real.main(flags)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and said.startswith("real.py: error: ") and broken[0] in said and "--resume" in said
+    after = contents(folder)
+    assert before | {"config.json": after["config.json"]} == after  # the settings alone are new
