@@ -974,10 +974,10 @@ def parse(argv=None):
         return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "config")})
 
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="named settings")
+    parser.add_argument("--preset", choices=PRESETS, help="named settings; needed with another model or data set")
     parser.add_argument("--config", help="a JSON or YAML file of settings; with --resume, the run's own")
     first = parser.parse_args(argv)
-    parser.set_defaults(**PRESETS[first.preset])
+    parser.set_defaults(**PRESETS[first.preset or "tiny"])
     file = Path(first.config or read().run / "config.json")
     try:
         settings = (yaml.safe_load(file.read_text()) if first.config or first.resume and file.exists() else {}) or {}
@@ -988,7 +988,16 @@ def parse(argv=None):
     if unknown := set(settings) - {f.name for f in fields(Config)}:
         raise UserError(f"{file} has unknown settings: {', '.join(sorted(unknown))}")
     parser.set_defaults(**settings)
-    return read()
+    config, tiny = read(), Config()
+    other = [name for name in ("model", "dataset") if os.path.abspath(getattr(config, name)) != getattr(tiny, name)]
+    said = " ".join(f"--{name} {getattr(config, name)}" for name in other)
+    if other and not first.preset and len(settings) < len(fields(Config)):
+        raise UserError(f"{said} would train with the embedded model's settings; say which others with --preset "
+                        f"({', '.join(PRESETS)}), for example: --preset 1.5b {said}")
+    if "dataset" in other and config.eval_every and config.eval_dataset == tiny.eval_dataset:
+        raise UserError(f"--dataset {config.dataset} would be validated on the embedded model's problems; name held-out "
+                        "ones with --eval_dataset, or say --eval_every 0")
+    return config
 
 def relief(config):
     """What to change after running out of memory, the mildest remedy first."""

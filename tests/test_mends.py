@@ -4,6 +4,8 @@ import copy
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,7 +138,8 @@ def test_a_checkpoint_runs_no_code(tmp_path, part, script):
             settings |= more | ({"auto_map": classes} if name == part else {})
         (model / f"{name}.json").write_text(json.dumps(settings))
     (model / "code.py").write_text(f"open({str(marker)!r}, 'w').write('it ran')\n\nclass Any:\n    pass\n")
-    code, out, err = run("--model", model, "--output_dir", tmp_path / "out", script=script, answers="y\ny\ny\n",
+    preset = ["--preset", "tiny"] if script == "real.py" else []
+    code, out, err = run("--model", model, *preset, "--output_dir", tmp_path / "out", script=script, answers="y\ny\ny\n",
                          HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert not marker.exists()
     assert code == 2 and "Traceback" not in err and f"cannot load model {model}" in err.strip().splitlines()[-1]
@@ -223,3 +226,42 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(tmp_path, finished_run, 
     assert e.value.code == 2 and said.startswith("real.py: error: ") and broken[0] in said and "--resume" in said
     after = contents(folder)
     assert before | {"config.json": after["config.json"]} == after  # the settings alone are new
+
+
+# ---- Settings belong to a model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "some/model", "--dataset", "my.jsonl"], "--model some/model"),
+    (["--model", "some/model"], "--model some/model"), (["--dataset", "my.jsonl"], "--dataset my.jsonl"),
+    (["--config", "CONFIG"], "--model some/model"),
+    (["--preset", "tiny", "--dataset", "my.jsonl"], "--eval_dataset")])
+def test_another_model_does_not_inherit_the_settings_of_the_embedded_one(tmp_path, flags, words, capsys):
+    """Was: `--model X --dataset Y` trained with learning rate 5e-5, 48 tokens an answer and temperature 1, and was
+    validated on the embedded model's sums. No answer could be right, and nothing said so."""
+    (tmp_path / "CONFIG").write_text("model: some/model\n")
+    flags = [str(tmp_path / f) if f == "CONFIG" else f for f in flags]
+    with pytest.raises(SystemExit) as e:
+        real.main([*flags, "--output_dir", str(tmp_path / "run")])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and words in said[-1] and said[-1].startswith("real.py: error: ")
+    assert words == "--eval_dataset" or all(name in said[-1] for name in real.PRESETS) and "--preset" in said[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_names_its_settings_is_accepted(tmp_path, monkeypatch):
+    """A preset, a file with every setting, the embedded model under another path; and the README's own commands."""
+    mine = ["--model", "some/model", "--dataset", "my.jsonl", "--eval_dataset", "held_out.jsonl"]
+    assert real.parse([*mine, "--preset", "1.5b"]).max_new_tokens == 8192
+    assert real.parse([*mine, "--preset", "tiny"]).max_new_tokens == 48
+    complete = tmp_path / "config.json"
+    complete.write_text(json.dumps(real.asdict(real.parse([*mine, "--preset", "1.5b", "--lr", "3e-6"]))))
+    assert real.parse(["--config", str(complete)]).lr == 3e-6
+    monkeypatch.chdir(ROOT)
+    assert real.parse(["--model", "tiny", "--dataset", "tiny"]).steps == 80
+    commands = re.findall(r"^(?:torchrun .*|python )real\.py(.*?)(?: {2,}#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        if "--help" not in command:
+            config = real.parse(shlex.split(command, comments=True))
+            assert config.lr == 2e-6 and config.eval_dataset != real.Config().eval_dataset

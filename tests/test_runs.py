@@ -73,7 +73,8 @@ def test_every_numeric_setting_has_a_rule():
 
 @pytest.mark.parametrize("flags, words", [
     (["--objective", "reel"], "choose one of"), (["--preset", "3b"], "invalid choice"),
-    (["--model", "no/such/model"], "cannot load model"), (["--dataset", "missing.jsonl"], "cannot load data"),
+    (["--model", "no/such/model", "--preset", "tiny"], "cannot load model"),
+    (["--dataset", "missing.jsonl", "--preset", "tiny"], "cannot load data"),
     (["--problem_column", "question"], "set --problem_column"), (["--group_size", "1"], "--group_size"),
     (["--prompts", "5"], "does not divide"), (["--stepz", "3"], "unrecognized arguments"),
     (["--resume"], "holds no run to resume"), (["--config", "missing.yaml"], "missing.yaml"),
@@ -319,7 +320,7 @@ def test_one_process_a_folder_and_no_silent_overwrite(whole, tmp_path):
 def test_a_start_that_failed_does_not_block_its_folder(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="cannot load model"):
-        real.train(real.parse([*QUICK, "--output_dir", str(folder), "--model", str(tmp_path / "none")]))
+        real.train(real.parse([*QUICK, "--output_dir", str(folder), "--model", str(tmp_path / "none"), "--preset", "tiny"]))
     real.train(real.parse([*QUICK, "--output_dir", str(folder)]))
     last = real.train(real.parse([*QUICK, "--output_dir", str(folder), "--resume", "--steps", "7", "--eval_every", "7"]))
     assert last["step"] == 7 and "pass@1" in last
