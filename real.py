@@ -572,7 +572,7 @@ def validate(model, tokenizer, problems, config):
 # ==== Update and training ============================================================================================
 
 def round_weights(model):
-    """Round the parameters to bfloat16, and no buffer: rotary frequencies in bfloat16 are radians off after 1,000 tokens."""
+    """Round the parameters to bfloat16, and no buffer: rounded rotary frequencies are radians off at position 1,000."""
     for p in model.parameters():
         p.data = p.data.bfloat16()
     return model
@@ -842,7 +842,7 @@ class Run:
 
     @by_one
     def restore(self):
-        """(step, folder) of the newest whole checkpoint, or (0, None) if there is none. Cuts the logs back to that step."""
+        """(step, folder) of the newest whole checkpoint; (0, None) if there is none. Cuts the logs back to it."""
         step, folder, paths = 0, None, self.checkpoints()
         for path in paths:
             try:
@@ -856,7 +856,8 @@ class Run:
             except (ValueError, KeyError, TypeError) as e:
                 print(f"{path}: {first_line(e)}; this checkpoint is passed over")
         if paths and not folder:
-            raise UserError(f"no whole checkpoint among {', '.join(map(str, paths))}; move them away to begin again with --resume")
+            raise UserError(f"no whole checkpoint among {', '.join(map(str, paths))}; move them away, then --resume "
+                            "begins again")
         for file in filter(Path.exists, (self.path / "metrics.jsonl", self.path / "samples.jsonl")):
             whole = [x for x in file.read_text().splitlines(True) if x.endswith("}\n")]
             self.write(file.name, "".join(x for x in whole if json.loads(x)["step"] <= step))
@@ -995,8 +996,8 @@ def parse(argv=None):
         raise UserError(f"{said} would train with the embedded model's settings; say which others with --preset "
                         f"({', '.join(PRESETS)}), for example: --preset 1.5b {said}")
     if "dataset" in other and config.eval_every and config.eval_dataset == tiny.eval_dataset:
-        raise UserError(f"--dataset {config.dataset} would be validated on the embedded model's problems; name held-out "
-                        "ones with --eval_dataset, or say --eval_every 0")
+        raise UserError(f"--dataset {config.dataset} would be validated on the embedded model's problems; "
+                        "name held-out ones with --eval_dataset, or say --eval_every 0")
     return config
 
 def relief(config):
