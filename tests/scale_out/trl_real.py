@@ -11,7 +11,7 @@ from datasets import Dataset
 sys.path.append(sys.path[0] + "/../..")  # the folder of real.py
 import real
 
-OURS = "model dataset split problem_column answer_column max_prompt_tokens objective tau".split()
+OURS = "model dataset dataset_config split problem_column answer_column objective tau".split()
 Flags = make_dataclass("Flags", [
     (f.name, f.type, f) for f in fields(real.Config) + fields(trl.ModelConfig)
     if f.name in OURS or any(word in f.name for word in ("peft", "lora", "dora"))])
@@ -20,7 +20,7 @@ class Trainer(trl.GRPOTrainer):
     def __init__(self, flags, args):
         if args.per_device_train_batch_size % args.num_generations:
             raise ValueError("--num_generations must divide --per_device_train_batch_size (groups)")
-        self.ours = real.Config(**{name: getattr(flags, name) for name in OURS})
+        self.ours = real.Config(**{k: v for k, v in vars(flags).items() if k in OURS})
         model, tokenizer = real.load_model(flags.model)
         problems = real.load_problems(tokenizer, self.ours, flags.dataset, flags.split)
         self.problems = {tokenizer.decode(p["prompt_ids"]): p for p in problems}
