@@ -1,9 +1,11 @@
-"""trl_real.py, on the CPU: its losses and gradients are real.py's, two processes equal one, LoRA learns."""
+"""trl_real.py on the CPU: losses and gradients of real.py, two processes like one, LoRA learns."""
 
 import os
 import random
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,92 +16,115 @@ import real
 trl = pytest.importorskip("trl", reason="TRL is missing: pip install -r requirements-test.txt")
 HERE = Path(__file__).parent / "scale_out"
 sys.path.insert(0, str(HERE))
-import trl_real  # noqa: E402
+import trl_real
 
-NAMES = list(real.OBJECTIVES)
-CPU = "--use_cpu true --bf16 false --gradient_checkpointing false --report_to none --save_strategy no --disable_tqdm true"
+NAMES, FAST = list(real.OBJECTIVES), ("real", "dapo")
+PARSER = partial(trl.TrlParser, (trl_real.Own, trl.GRPOConfig, trl.ModelConfig))
+CPU = ("--use_cpu true --bf16 false --gradient_checkpointing false --report_to none "
+       "--save_strategy no --disable_tqdm true ")
 
 
 def trainer(folder, flags, kind=trl_real.Trainer):
     argv = f"{CPU} --output_dir {folder} {flags}".split()
-    return kind(*trl.TrlParser((trl_real.Flags, trl.GRPOConfig)).parse_args_and_config(argv))
+    return kind(*PARSER().parse_args_and_config(argv))
 
 
 def flat(tensors):
     return torch.cat([x.detach().flatten() for x in tensors])
 
 
-# ---- One batch through TRL and through real.py ----------------------------------------------------------------------
+def launched(*command, **more):
+    """Run Python with these arguments; returns the exit code, output and errors."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    done = subprocess.run([sys.executable, *map(str, command)], env=environment, check=False,
+                          capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+# ---- One batch through TRL and through real.py ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def rolled(tmp_path_factory):
-    """TRL's rollouts of 8 groups of 4, and what real.py makes of them before and after a change of the weights."""
-    t = trainer(tmp_path_factory.mktemp("trl"), "--objective trpa --temperature 0.7 --max_completion_length 48 --seed 1 "
-                "--num_generations 4 --per_device_train_batch_size 32 --num_iterations 2")
+    """TRL's rollouts of 8 groups of 4 and their labels; then the weights change a little.
+
+    Also gives the log-probabilities of real.py, a function, and what it gave before the change.
+    """
+    t = trainer(tmp_path_factory.mktemp("trl"), "--objective trpa --temperature 0.7 --seed 4 "
+                "--max_completion_length 48 --num_generations 4 --per_device_train_batch_size 32 "
+                "--num_iterations 2")
     t.model.train()
     x = t._prepare_inputs(next(iter(t.get_train_dataloader())))
     mask = x["completion_mask"].bool()
-    ids = [row[0][m[0].bool()] for row, m in zip(x["prompt_ids"], x["prompt_mask"])]
-    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in ids])
-    batch = {"prompts": ids, "completions": x["completion_ids"], "mask": mask, "lengths": lengths}
-    config = real.Config(temperature=0.7)
-    problems = {tuple(p["prompt_ids"]): p for p in real.load_problems(t.processing_class, config, config.dataset, "train")}
-    texts = [[t.processing_class.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
-             for group in zip(x["completion_ids"], mask)]
-    asked = [problems[tuple(p.tolist())] for p in ids]  # a KeyError here: TRL tokenized a prompt in its own way
-    labels = torch.tensor([[real.is_correct(p["opening"] + o, p["answer"]) for o in group]
-                           for p, group in zip(asked, texts)])
+    prompts = [ids[0][m[0].bool()] for ids, m in zip(x["prompt_ids"], x["prompt_mask"])]
+    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts])
+    batch = {"prompts": prompts, "completions": x["completion_ids"], "mask": mask,
+             "lengths": lengths}
+
+    config, tokenizer = real.Config(temperature=0.7), t.processing_class
+    problems = real.load_problems(tokenizer, config, config.dataset, "train")
+    problems = {tuple(p["prompt_ids"]): p for p in problems}
+    labels = torch.zeros(mask.shape[:2], dtype=torch.bool)
+    for q, g in torch.cartesian_prod(*map(torch.arange, labels.shape)).tolist():
+        problem = problems[tuple(prompts[q].tolist())]  # KeyError: TRL reads prompts in its own way
+        text = tokenizer.decode(x["completion_ids"][q, g][mask[q, g]], skip_special_tokens=True)
+        labels[q, g] = real.is_correct(problem["opening"] + text, problem["answer"])
 
     def logprobs():
-        return real.token_logprobs(t.model, batch, list(range(mask.numel() // mask.shape[-1])), config)[0].view(mask.shape)
+        rows = list(range(labels.numel()))
+        return real.token_logprobs(t.model, batch, rows, config)[0].view(mask.shape)
 
     old = logprobs().detach()
     torch.manual_seed(0)
     with torch.no_grad():
         for p in t.model.parameters():
             p += 0.02 * p.std() * torch.randn_like(p)
-    return t, x, batch, labels, old, logprobs
+    return t, x, labels, old, logprobs
 
 
-def test_groups_stay_whole_and_some_are_uniform(rolled):
-    t, x, batch, labels, *_ = rolled
-    assert x["prompt_ids"].shape[:2] == (8, 4) and len({tuple(p.tolist()) for p in batch["prompts"]}) == 8
+def test_groups_stay_whole_and_get_our_labels(rolled):
+    _, x, labels, *_ = rolled
+    assert x["prompt_ids"].shape[:2] == (8, 4)
     assert (x["prompt_ids"] == x["prompt_ids"][:, :1]).all()
     mixed = labels.any(1) & ~labels.all(1)
-    assert 0 < mixed.sum() < 8
+    assert mixed.any() and labels.all(1).any() and not labels.any(1).all()  # all three kinds
     assert torch.equal((x["advantages"] > 0)[mixed], labels[mixed])
 
 
-@pytest.mark.parametrize("name,beta", [(n, 0.0) for n in NAMES if n != "trpa"] + [("trpa", 1e-30), ("real", 0.1)])
+CASES = [(name, 0.0) for name in NAMES if name != "trpa"] + [("trpa", 1e-30), ("real", 0.1)]
+
+
+@pytest.mark.parametrize("name, beta", CASES)
 def test_loss_and_gradient_are_those_of_real(rolled, name, beta):
-    t, x, batch, labels, old, logprobs = rolled
-    t.ours, t.beta = real.Config(objective=name), beta
-    t.current_gradient_accumulation_steps = 1
-    x = x if beta else {k: v for k, v in x.items() if k != "ref_per_token_logps"}
+    t, x, labels, old, logprobs = rolled
+    t.own, t.beta, t.current_gradient_accumulation_steps = real.Config(objective=name), beta, 1
+    if not beta:
+        x = {k: v for k, v in x.items() if k != "ref_per_token_logps"}
+    weights = list(t.model.parameters())
     loss = t._compute_loss(t.model, x)
-    gradient = flat(torch.autograd.grad(loss, list(t.model.parameters())))
-    logp = logprobs()
-    expected = real.OBJECTIVES[name](logp, old, batch["mask"], labels, ref_logp=old if beta else None)
-    if beta:
-        expected = expected + beta * real.kl(logp, old, batch["mask"])
-    other = flat(torch.autograd.grad(expected, list(t.model.parameters())))
-    size = (labels.any(1) & ~labels.all(1)).float().mean()  # of the terms: log 2 or |A| in a mixed group, which may cancel
+    gradient = flat(torch.autograd.grad(loss, weights))
+    logp, mask = logprobs(), x["completion_mask"].bool()
+    expected = real.OBJECTIVES[name](logp, old, mask, labels, ref_logp=old if beta else None)
+    expected = expected + beta * real.kl(logp, old, mask)
+    expected_gradient = flat(torch.autograd.grad(expected, weights))
+    # Both engines compute in float32, whose rounding, 6e-8, some hundred roundings deep is 6e-6.
+    size = (labels.any(1) & ~labels.all(1)).float().mean()  # terms of a mixed group: log 2 or |A|
     assert (loss - expected).abs() <= 1e-5 * size
-    assert 0 < (gradient - other).norm() <= 1e-5 * other.norm()
+    assert 0 < (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 
 
-# ---- An update by one process and by two, in float64 ---------------------------------------------------------------
+# ---- An update by one process and by two, in float64 ---------------------------------------------
 
 
 class Fixed(trl_real.Trainer):
-    """Rollouts that only the prompt and their place in the group decide, and log-probabilities in float64."""
+    """Rollouts decided by prompt and place in the group alone, log-probabilities in float64."""
 
     def _generate_single_turn(self, prompt_ids, *_):
         made = []
         for i, prompt in enumerate(prompt_ids):
             rng = random.Random(str((prompt, i % self.num_generations)))
-            made.append([rng.randrange(32, 127) for _ in range(rng.randint(1, 9))] + [self.processing_class.eos_token_id])
+            tokens = [rng.randrange(32, 127) for _ in range(rng.randint(1, 9))]
+            made.append(tokens + [self.processing_class.eos_token_id])
         return made, None
 
     def label(self, prompts, completions, **_):
@@ -111,9 +136,13 @@ class Fixed(trl_real.Trainer):
 
 
 def updates(folder, name, micro_batch, parts):
-    """By how much four updates change the weights: two on each of two batches of 4 groups of 4, in `parts` micro-batches."""
-    t = trainer(folder, f"--objective {name} --num_generations 4 --per_device_train_batch_size {micro_batch} --max_steps 4 "
-                f"--num_iterations 2 --gradient_accumulation_steps {parts} --optim sgd --learning_rate 0.1", Fixed)
+    """How the weights change in two updates on each of two batches of 4 groups of 4 rollouts.
+
+    An update takes `parts` micro-batches in each process; without clipping, which hides its scale.
+    """
+    t = trainer(folder, f"--objective {name} --num_generations 4 --max_steps 4 --num_iterations 2 "
+                f"--per_device_train_batch_size {micro_batch} --max_grad_norm 0 --optim sgd "
+                f"--learning_rate 0.01 --gradient_accumulation_steps {parts}", Fixed)
     t.model.double()
     before = flat(t.model.parameters())
     t.train()
@@ -121,25 +150,81 @@ def updates(folder, name, micro_batch, parts):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(request, tmp_path_factory):
+    """The change in each of two processes, by objective."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder)]
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    names = NAMES if request.config.getoption("--slow") else FAST
+    start = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    code, _, err = launched(*start, __file__, folder, *names, PYTHONPATH=str(HERE.parents[1]))
+    assert code == 0, err[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in "01"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_two_processes_of_two_micro_batches_update_like_one_of_one(two, tmp_path, name):
     one = updates(tmp_path, name, 16, 1)
-    apart = [(one - change[name]).norm() / one.norm() for change in two]
-    print(name, apart, one.norm())
     assert one.norm() > 0 and torch.equal(two[0][name], two[1][name])
-    # Sums of 10^5 terms, each rounded at 1e-16. Means over tokens or mixed groups weigh micro-batches alike instead.
-    assert (apart[0] <= 1e-10) == (name not in ("real_bce", "dapo", "trpa"))
+    # Rounded at 1e-16, a million terms are off by 1e-10 at worst. A mean over tokens (dapo, the KL
+    # term of trpa) or mixed groups (real_bce) of unlike micro-batches is not the mean of theirs.
+    apart = (one - two[0][name]).norm() / one.norm()
+    assert (apart <= 1e-10) == (name not in ("real_bce", "dapo", "trpa")), apart
 
 
-if __name__ == "__main__":
-    changes = {name: updates(sys.argv[1], name, 4, 2) for name in NAMES}
-    torch.save(changes, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def test_a_group_cut_by_a_micro_batch_is_refused_in_one_line(tmp_path):
+    flags = "--num_generations 8 --per_device_train_batch_size 12 --steps_per_generation 2"
+    code, _, err = launched(HERE / "trl_real.py", *f"{CPU} {flags} --output_dir {tmp_path}".split())
+    assert code == 2 and "Traceback" not in err
+    assert err.splitlines()[-1] == ("trl_real.py: error: --num_generations must divide "
+                                    "--per_device_train_batch_size (groups)")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--objective reel", "--objective reel is unknown"), ("--tau 0", "--tau"),
+    ("--dataset no/such.jsonl", "no/such.jsonl"), ("--answer_column solution", "solution"),
+    ("--num_generations 1", "at least 2"), ("--rollouts 8", "--rollouts")])
+def test_other_mistakes_are_refused_too(tmp_path, flags, said):
+    with pytest.raises((ValueError, OSError), match=said):  # the command: one line, exit code 2
+        trainer(tmp_path, flags)
+
+
+@pytest.mark.parametrize("processes, parts", [(1, 32), (4, 8), (8, 4)])
+def test_the_commands_of_the_readme_are_the_paper_s(monkeypatch, processes, parts):
+    """128 questions of 8 rollouts in 4 updates on 1, 4 and 8 GPUs; settings of the 1.5b preset."""
+    monkeypatch.setattr(trl.GRPOConfig, "world_size", processes)
+    argv = ["--config", str(HERE / "paper.yaml"), "--gradient_accumulation_steps", str(parts)]
+    own, args, _ = PARSER().parse_args_and_config([*argv, *CPU.split()])
+    assert args.per_device_train_batch_size * processes * parts == 128 * 8 / 4
+    assert args.steps_per_generation == 4 * parts and args.num_generations == 8
+    paper = real.Config(**real.PRESETS["1.5b"])
+    assert own.model == paper.model and own.dataset == paper.dataset
+    same = {"temperature": "temperature", "max_completion_length": "max_new_tokens",
+            "learning_rate": "lr", "weight_decay": "weight_decay", "adam_beta2": "beta2",
+            "max_grad_norm": "grad_clip", "warmup_steps": "warmup"}
+    assert {a: getattr(args, a) for a in same} == {a: getattr(paper, b) for a, b in same.items()}
+    assert args.max_steps == paper.steps * paper.mini_batches
+
+
+@pytest.mark.slow
+def test_lora_learns_in_two_processes_under_accelerate(tmp_path):
+    """The first and the last 512 rollouts of 12 steps: 64 questions, a standard error below .06."""
+    start = ("-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 "
+             "--mixed_precision no --dynamo_backend no")
+    flags = (f"{CPU} --output_dir {tmp_path} --use_peft true --lora_target_modules all-linear "
+             "--lora_dropout 0 --learning_rate 1e-3 --warmup_steps 8 "
+             "--lr_scheduler_type constant_with_warmup --max_steps 48 --logging_steps 16 "
+             "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+             "--steps_per_generation 4 --max_completion_length 48")
+    code, out, err = launched(*start.split(), HERE / "trl_real.py", *flags.split())
+    assert code == 0, err[-3000:]
+    first, *_, last = [float(x) for x in re.findall(r"'reward': '([^']+)'", out)]
+    assert last > first + 0.12
+
+
+if __name__ == "__main__":  # in each of two processes
+    folder, *names = sys.argv[1:]
+    changes = {name: updates(folder, name, 4, 2) for name in names}
+    torch.save(changes, Path(folder) / f"{os.environ['RANK']}.pt")
