@@ -91,20 +91,31 @@ def test_groups_stay_whole_and_get_our_labels(rolled):
     assert torch.equal((x["advantages"] > 0)[mixed], labels[mixed])
 
 
+def test_prompt_and_label_are_those_of_real(rolled):
+    """The ids that load_problems made, whatever TRL would make of the text; thinking must end."""
+    t, *_ = rolled
+    t.problems["?"] = {"prompt_ids": [0, 0, 7], "opening": "<think>", "answer": "2"}
+    assert t._tokenize_prompts(["?"]) == ([[0, 0, 7]], None, {})
+    assert t.label(["?", "?"], [r"\boxed{2}", r"</think> \boxed{2}"]) == [0.0, 1.0]
+
+
 CASES = [(name, 0.0) for name in NAMES if name != "trpa"] + [("trpa", 1e-30), ("real", 0.1)]
 
 
 @pytest.mark.parametrize("name, beta", CASES)
 def test_loss_and_gradient_are_those_of_real(rolled, name, beta):
     t, x, labels, old, logprobs = rolled
-    t.own, t.beta, t.current_gradient_accumulation_steps = real.Config(objective=name), beta, 1
+    t.own, t.beta = real.Config(objective=name, tau=0.3), beta
+    t.current_gradient_accumulation_steps = 1
+    tau = {"tau": 0.3} if name in ("real", "real_bce", "real_no_anchor") else {}
     if not beta:
         x = {k: v for k, v in x.items() if k != "ref_per_token_logps"}
     weights = list(t.model.parameters())
     loss = t._compute_loss(t.model, x)
     gradient = flat(torch.autograd.grad(loss, weights))
     logp, mask = logprobs(), x["completion_mask"].bool()
-    expected = real.OBJECTIVES[name](logp, old, mask, labels, ref_logp=old if beta else None)
+    ref = old if beta else None
+    expected = real.OBJECTIVES[name](logp, old, mask, labels, ref_logp=ref, **tau)
     expected = expected + beta * real.kl(logp, old, mask)
     expected_gradient = flat(torch.autograd.grad(expected, weights))
     # Both engines compute in float32, whose rounding, 6e-8, some hundred roundings deep is 6e-6.

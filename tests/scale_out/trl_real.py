@@ -49,7 +49,7 @@ class Trainer(trl.GRPOTrainer):
         tau = {"tau": self.own.tau} if name.startswith("real") else {}
         loss = real.OBJECTIVES[name](logp, old, mask, labels, ref_logp=ref, **tau)
         loss = loss if ref is None else loss + self.beta * real.kl(logp, ref, mask)
-        return loss / self.current_gradient_accumulation_steps  # dapo, real_bce: a mean of means
+        return loss / self.current_gradient_accumulation_steps  # dapo, real_bce: mean of means
 
 if __name__ == "__main__":
     parser = trl.TrlParser((Own, trl.GRPOConfig, trl.ModelConfig))
