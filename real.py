@@ -42,6 +42,8 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # else threads wait busily for those of a busy core
+
 import datasets
 import torch
 import torch.nn.functional as F
@@ -304,8 +306,10 @@ def token_logprobs(model, batch, rows, config):
     """
     for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
         module.training = isinstance(module, GradientCheckpointingLayer)
-    (Q, G, T), device = batch["mask"].shape, batch["mask"].device
-    completions, mask = (batch[k].view(Q * G, T)[rows] for k in ("completions", "mask"))
+    G, device = batch["mask"].shape[1], batch["mask"].device
+    completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
+    logp, T = torch.zeros(mask.shape, device=device), int(mask.sum(-1).max())  # T of these rows
+    completions, mask = completions[:, :T], mask[:, :T]
     prompts = [batch["prompts"][row // G] for row in rows]
     if config.low_memory:
         ids = [torch.cat([q, o]) for q, o in zip(prompts, completions)]
@@ -325,9 +329,9 @@ def token_logprobs(model, batch, rows, config):
             attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
             past_key_values=cache)[0]
     head = model.get_output_embeddings()
-    logp = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-            for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(logp))
+    chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
+              for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
+    return logp.masked_scatter(F.pad(mask, (0, logp.shape[1] - T)), torch.cat(chunks))
 
 def all_logprobs(model, batch, config):
     """log pi_theta of every rollout of a batch: (Q, G, T)."""
@@ -337,35 +341,6 @@ def all_logprobs(model, batch, config):
     return logp.view(batch["mask"].shape)
 
 # ==== Sampling ====================================================================================
-
-class Slots:
-    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
-
-    def __init__(self, slots, columns):
-        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
-
-    def refill(self, model, active, prompts, G):
-        """Move the slots `active` to the front and read each new prompt once, for G slots more."""
-        for x in self.kv:
-            x[: len(active), :, : self.width] = x[active, :, : self.width]
-        if prompts:
-            ids = pad_sequence(prompts, batch_first=True)  # padding is overwritten before seen
-            layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
-            read = [x for layer in layers for x in (layer.keys, layer.values)]
-            self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
-                                  for x in read]
-            for x, new in zip(self.kv, read):
-                x[len(active) :][: len(ids) * G, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """Each attention layer calls this: store a token's keys and values, return all of them."""
-        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
-        for x, new in zip(own, (keys, values)):
-            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
-        return [x[:n, :, : self.width] for x in own]
-
-    def get_seq_length(self, *args):
-        return 0
 
 def next_token(logits, temperature, top_p):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,). Temperature 0: argmax."""
@@ -405,6 +380,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             rollout = rollout.masked_fill(done, total)
             t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
         bar.update(every * len(rollout))
+        if len(rollout) and not logits.isfinite().all():
+            raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
         active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
@@ -542,6 +519,35 @@ def train(config, label=label_group):
         return run.finish()  # line 13
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
+
+class Slots:
+    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
+
+    def __init__(self, slots, columns):
+        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
+
+    def refill(self, model, active, prompts, G):
+        """Move the slots `active` to the front and read each new prompt once, for G slots more."""
+        for x in self.kv:
+            x[: len(active), :, : self.width] = x[active, :, : self.width]
+        if prompts:
+            ids = pad_sequence(prompts, batch_first=True)  # padding is overwritten before seen
+            layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+            read = [x for layer in layers for x in (layer.keys, layer.values)]
+            self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
+                                  for x in read]
+            for x, new in zip(self.kv, read):
+                x[len(active) :][: len(ids) * G, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Each attention layer calls this: store a token's keys and values, return all of them."""
+        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
+        for x, new in zip(own, (keys, values)):
+            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
+        return [x[:n, :, : self.width] for x in own]
+
+    def get_seq_length(self, *args):
+        return 0
 
 def draw(problems, step, config):
     """The questions of a step. Each pass over the data is a new order that the seed decides."""
@@ -994,12 +1000,13 @@ class Run:
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
-        live = [p.data for p in model.parameters()]
+        names = [name for name, _ in model.named_parameters()]
         try:
             shutil.rmtree(part, ignore_errors=True)
-            for p, w in zip(model.parameters(), weights):
-                p.data = w.to("cpu", model.own_dtype)
-            model.save_pretrained(part)
+            model.save_pretrained(part, state_dict={
+                name: w.to("cpu", model.own_dtype) for name, w in zip(names, weights)})
+            model.config.dtype = model.own_dtype
+            model.config.save_pretrained(part)
             tokenizer.save_pretrained(part)
             torch.save({"weights": weights, "adam": optimizer.state_dict()}, part / "trainer.pt")
             getattr(os, "sync", int)()  # on the disk before it gets its name
@@ -1007,9 +1014,6 @@ class Run:
         except Exception as e:
             shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"cannot save {final} ({self.size}): {e}; earlier ones are whole") from e
-        finally:
-            for p, data in zip(model.parameters(), live):
-                p.data = data
         older = sorted(self.checkpoints())[:-1]
         for folder in older:
             (folder / "trainer.pt").unlink(missing_ok=True)
