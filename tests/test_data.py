@@ -3,15 +3,17 @@
 import csv
 import datetime
 import decimal
+import io
 import json
 import re
+import sys
 
 import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import real
-from common import one_line, run
+from common import QUICK, one_line
 from real import Config, UserError
 
 TOKENIZER = real.AutoTokenizer.from_pretrained(real.TINY)
@@ -251,12 +253,15 @@ HOSTILE = {"problem": "1+1 \x1b[2J\x1b]0;owned\x07 é∑語\u202e", "answer": "2
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding, tmp_path):
+def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding, tmp_path,
+                                                                       monkeypatch):
     (tmp_path / "dâta.jsonl").write_text(4 * (json.dumps(HOSTILE) + "\n"))
-    code, out, err = run("--preset", "tiny", "--dataset", tmp_path / "dâta.jsonl", "--steps", "1",
-                         "--output_dir", tmp_path / "rün", encoding=encoding,
-                         env={"PYTHONIOENCODING": encoding})
-    assert code == 0 and "Traceback" not in err, err
-    assert "1+1" in out and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", out)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    real.main([*QUICK, "--preset", "tiny", "--dataset", str(tmp_path / "dâta.jsonl"), "--steps",
+               "1", "--output_dir", str(tmp_path / "rün")])
+    out.flush()
+    said = out.buffer.getvalue().decode(encoding)
+    assert "1+1" in said and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", said)
     sample = json.loads((tmp_path / "rün" / "samples.jsonl").read_text())
     assert sample["problem"] == HOSTILE["problem"]
