@@ -9,8 +9,8 @@ from pathlib import Path
 import real
 
 ROOT = Path(real.__file__).parent
-QUICK = ("--steps 6 --prompts 4 --mini_batches 2 --group_size 4 --eval_every 0 --save_every 2 "
-         "--lr 1e-3 --warmup 0").split()
+QUICK = ("--preset tiny --steps 6 --prompts 4 --mini_batches 2 --group_size 4 --eval_every 0 "
+         "--save_every 2 --lr 1e-3 --warmup 0 --dataset").split() + [f"{real.TINY}/test.jsonl"]
 
 
 def start(*flags, **more):

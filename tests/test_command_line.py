@@ -28,14 +28,14 @@ def refused(capsys, *flags):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ({"tau": 0}, "--tau must be above 0"), ({"tau": float("nan")}, "--tau"),
+    ({"tau": 0}, "--tau"), ({"tau": float("nan")}, "--tau"),
     ({"lr": float("inf")}, "--lr"), ({"temperature": 0}, "--temperature"),
-    ({"group_size": 1}, "--group_size must be at least 2"), ({"prompts": 0}, "--prompts"),
-    ({"prompts": 10, "mini_batches": 4}, "--mini_batches 4 must divide --prompts 10"),
+    ({"group_size": 1}, "--group_size"), ({"prompts": 0}, "--prompts"),
+    ({"prompts": 10, "mini_batches": 4}, "--mini_batches 4"),
     ({"steps": 0}, "--steps"), ({"keep": 0}, "--keep"), ({"seed": -1}, "--seed"),
-    ({"kl_ref": -0.1}, "--kl_ref must be at least 0"), ({"max_new_tokens": 0}, "--max_new_tokens"),
+    ({"kl_ref": -0.1}, "--kl_ref"), ({"max_new_tokens": 0}, "--max_new_tokens"),
     ({"objective": "reel"}, "choose one of real, real_bce"), ({"seed": 2**32}, "--seed"),
-    ({"beta2": 1}, "--beta2 must be above 0 and below 1"), ({"save_every": 0}, "--save_every"),
+    ({"beta2": 1}, "--beta2"), ({"save_every": 0}, "--save_every"),
     ({"objective": "grpo", "tau": 1}, "--tau is not a setting of --objective grpo"),
     ({"eps_low": 0.1}, "--eps_low is not a setting of --objective real"),
     ({"objective": "grpo", "beta": 1}, "--beta is not"), ({"slots": 0}, "--slots")])
@@ -47,15 +47,16 @@ def test_a_bad_value_is_named(flags, words):
 
 @pytest.mark.parametrize("name", NUMBERS)
 @given(st.floats(max_value=-1e-9) | st.integers(max_value=-1)
-       | st.sampled_from([float("nan"), float("inf"), 10**400]))
+       | st.sampled_from([float("nan"), float("inf")]))
 def test_no_number_may_be_negative_or_infinite(name, value):
     with pytest.raises(UserError, match=f"--{name}"):
-        if value == 10**400 and Config.__dataclass_fields__[name].type is int:
-            value = -value  # a large integer is none of this test's business
         Config(**{name: value})
 
 
-@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in real.MAY_BE_0])
+MAY_BE_0 = "kl_ref kl_old warmup weight_decay eval_every seed beta2".split()
+
+
+@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in MAY_BE_0])
 def test_zero_is_allowed_only_where_it_means_something(name):
     with pytest.raises(UserError, match=f"--{name}"):
         Config(**{name: 0})
@@ -73,10 +74,9 @@ def test_a_value_of_another_type_is_named(flags):
     (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--steps", "x"], "--steps"),
     (["--steps", "1e3"], "--steps"), (["--lr", "nan"], "--lr"), (["--tau"], "--tau"),
     (["--as_printed", "maybe"], "--as_printed"), (["extra"], "unrecognized"),
-    (["--group_size", "1"], "--group_size"), (["--prompts", "5"], "must divide"),
-    (["--config", "settings.yaml"], "--config"), (["--model", "x/y"], "--preset"),
-    (["--dataset", "x.jsonl"], "--preset"), (["--preset", "tiny", "--model", "no/such"], "no/such"),
-    (["--preset", "tiny", "--dataset", "no.jsonl"], "no.jsonl"),
+    (["--group_size", "1"], "--group_size"), (["--prompts", "5"], "--mini_batches"),
+    (["--config", "settings.yaml"], "--config"), (["--model", "no/such"], "no/such"),
+    (["--dataset", "no.jsonl"], "no.jsonl"),
     (["--problem_column", "question"], "--problem_column"), (["--problem_column", ""], "column"),
     (["--answer_column", "a.b"], "--answer_column"), (["--max_new_tokens", "5000"], "5"),
     (["--prompts", "100000", "--mini_batches", "1"], "100000 are needed"),
@@ -145,7 +145,7 @@ def test_another_model_or_dataset_needs_a_preset(flags):
     if flags[0] == "--eval_dataset":
         assert real.parse(flags).eval_dataset == "x"  # only read, nothing is trained on it
     else:
-        with pytest.raises(UserError, match="needs one of --preset tiny, 0.5b"):
+        with pytest.raises(UserError, match="--preset.* tiny, 0.5b"):
             real.parse(flags)
     assert getattr(real.parse([*flags, "--preset", "tiny"]), flags[0][2:]) == "x"
 
@@ -160,13 +160,14 @@ def test_a_defect_of_our_own_shows_its_traceback(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("where, setting", [("sample", "--slots"),
                                             ("update", "--micro_batch_tokens")])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                                   MemoryError()], ids=["cuda", "cpu", "python"])
-def test_out_of_memory_names_the_setting_to_lower(where, setting, error, tmp_path, monkeypatch,
-                                                  capsys):
+@pytest.mark.parametrize("error, text", [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    (MemoryError, "")])
+def test_out_of_memory_names_the_setting_to_lower(where, setting, error, text, tmp_path,
+                                                  monkeypatch, capsys):
     def raising(*_, **__):
-        raise error
+        raise error(text)
     namespace = dict(vars(real), next_token=raising, credit=raising)
     inner = {"sample": "next_token", "update": "credit"}[where]
     wait = real.check_model  # itself samples, once, before the run
@@ -193,7 +194,7 @@ def limited(problems, step, config):
 real.draw = limited
 real.main(sys.argv[1:])
 """
-    flags = ["--output_dir", str(tmp_path / "run"), "--group_size", "64", "--eval_every", "0",
+    flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--group_size", "64",
              "--save_every", "1", "--steps", "2", "--micro_batch_tokens", "1000000"]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, text=True,
                           capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})

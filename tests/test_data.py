@@ -39,23 +39,23 @@ GOOD = {"problem": "1+1", "answer": "2"}
 
 
 @pytest.mark.parametrize("answer", [
-    None, "", " ", [], [[]], [["2"]], {}, {"a": 2}, [{"a": 2}], ["2", ["3"]], float("nan"),
+    None, "", " ", [], [[]], [["2"]], {}, {"a": 2}, [{"a": 2}], float("nan"),
     [None], [""], [float("nan")], "so #### ", "####"], ids=repr)
 def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_path, capsys):
     rows = [GOOD, {"problem": "2+2", "answer": answer}, GOOD, {"problem": "3+3", "answer": answer}]
     assert [p["problem"] for p in load(rows, tmp_path)] == ["1+1", "1+1"]
-    assert "2 of 4 rows skipped (the first: row 2)" in capsys.readouterr().out
+    assert "2 of 4 rows skipped, the first is row 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("problem", [None, "", " \n"])
 def test_a_row_without_problem_is_skipped(problem, tmp_path, capsys):
     assert len(load([GOOD, {"problem": problem, "answer": "2"}], tmp_path)) == 1
-    assert "1 of 2 rows skipped (the first: row 2)" in capsys.readouterr().out
+    assert "1 of 2 rows skipped, the first is row 2" in capsys.readouterr().out
 
 
 def test_a_long_prompt_is_skipped(tmp_path, capsys):
     assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
-    assert "(the first: row 1)" in capsys.readouterr().out
+    assert "the first is row 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("written", [
@@ -141,15 +141,15 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
 
 
 BAD = {  # case: (bytes of a .jsonl file, words of the error)
-    "another column": (b'{"question": "1+1", "answer": "2"}', "no column problem, only question"),
+    "another column": (b'{"question": "1+1", "answer": "2"}', "no column problem in question"),
     "broken JSON": (b'{"problem": "1+1", "answer": "2"}\n{"problem":\n', "line 2"),
     "not UTF-8": ('{"problem": "é", "answer": "2"}'.encode("latin-1"), "codec"),
     "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
     "empty": (b"", "0 usable rows of 0"), "only blanks": (b"\n \n", "0 usable rows of 0"),
     "no answers": (b'{"problem": "1+1", "answer": ""}', "0 usable rows of 1"),
-    "rows that are lists": (b"[1]\n", "each row must be an object"),
-    "rows that are texts": (b'"a"\n"b"', "each row must be an object"),
-    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "each row must be an object"),
+    "rows that are lists": (b"[1]\n", "every row must be an object"),
+    "rows that are texts": (b'"a"\n"b"', "every row must be an object"),
+    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "every row must be an object"),
     "deep": (b"[" * 100_000, "recursion"), "a surrogate": (
         b'{"problem": "\\ud800", "answer": "2"}', "row 1"),
 }
@@ -258,7 +258,7 @@ def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding,
     (tmp_path / "dâta.jsonl").write_text(4 * (json.dumps(HOSTILE) + "\n"))
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    real.main([*QUICK, "--preset", "tiny", "--dataset", str(tmp_path / "dâta.jsonl"), "--steps",
+    real.main([*QUICK, "--dataset", str(tmp_path / "dâta.jsonl"), "--steps",
                "1", "--output_dir", str(tmp_path / "rün")])
     out.flush()
     said = out.buffer.getvalue().decode(encoding)

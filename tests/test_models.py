@@ -32,7 +32,7 @@ def refused(model):
     """The one line with which a run on this model is refused before anything is written."""
     folder = model.parent / "run"
     with pytest.raises(UserError) as e:
-        train(folder, "--preset", "tiny", "--model", model, "--steps", "1")
+        train(folder, "--model", model, "--steps", "1")
     assert one_line(e.value) and not (folder / "config.json").exists()
     return str(e.value)
 
@@ -112,7 +112,7 @@ FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 def test_a_damaged_file_is_one_line_or_does_not_matter(name, content, model):
     (model / name).write_bytes(content)
     try:
-        train(model.parent / "run", "--preset", "tiny", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, "--steps", "1")
     except UserError as e:
         assert one_line(e) and "model" in str(e)
 
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_one_line_or_does_not_matter(name, content, model):
     {"num_attention_heads": 0}, {"vocab_size": 10}, {"vocab_size": 0}, {"model_type": "mamba"},
     {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": 3}, {"model_type": None},
     {"hidden_act": "none"}, {"rope_parameters": {"rope_type": "x"}}, {"rms_norm_eps": "x"},
-    {"quantization_config": {"quant_method": "none"}}, {"quantization_config": "x"},
+    {"quantization_config": "x"},
     {"layer_types": ["x"] * 4}, {"num_hidden_layers": 6}, {"max_position_embeddings": "x"},
 ], ids=str)
 def test_a_strange_configuration_is_one_line(change, model):
@@ -135,7 +135,7 @@ def test_a_strange_configuration_is_one_line(change, model):
 def test_a_strange_end_token_is_one_line_or_does_not_matter(eos, model):
     edit(model / "generation_config.json", eos_token_id=eos)
     try:
-        train(model.parent / "run", "--preset", "tiny", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, "--steps", "1")
     except UserError as e:
         assert one_line(e)
 
@@ -146,7 +146,7 @@ def test_a_strange_end_token_is_one_line_or_does_not_matter(eos, model):
 def test_a_strange_template_is_one_line_or_does_not_matter(template, model):
     (model / "chat_template.jinja").write_text(template)
     try:
-        train(model.parent / "run", "--preset", "tiny", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, "--steps", "1")
     except UserError as e:
         assert one_line(e)
 
@@ -160,7 +160,7 @@ def test_no_model_is_one_line(what, tmp_path):
         model.write_text("x")
     names = {"a bad id": "a b//c", "too long": "x" * 5000}
     with pytest.raises((UserError, OSError)) as e:  # main makes one line of both
-        train(tmp_path / "run", "--preset", "tiny", "--model", names.get(what, model))
+        train(tmp_path / "run", "--model", names.get(what, model))
     assert one_line(e.value) or isinstance(e.value, OSError)
 
 
@@ -190,7 +190,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model):
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     edit(model / "config.json", vocab_size=size)
     with pytest.raises(UserError) as e:
-        train(model.parent / "run", "--preset", "tiny", "--model", model, "--dataset", train_file,
+        train(model.parent / "run", "--model", model, "--dataset", train_file,
               "--prompts", "8")
     assert one_line(e.value) and not (model.parent / "run" / "config.json").exists()
 
@@ -222,15 +222,18 @@ def test_what_cannot_be_trained_rightly_is_refused_at_the_start(name, model):
         pytest.skip(str(e))
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         (model / file).unlink()
+    if name == "gemma2":  # its logits are capped at 30, so they have to be large
+        other.get_input_embeddings().weight.data.mul_(2000)
     other.save_pretrained(model)
     if works:
-        assert train(model.parent / "run", "--preset", "tiny", "--model", model, "--steps", "1")
+        assert train(model.parent / "run", "--model", model, "--steps", "1")
     else:
         assert "model" in refused(model)
 
 
-def test_a_tokenizer_that_loses_spaces_is_refused(model, monkeypatch):
+def test_a_tokenizer_that_loses_spaces_is_refused(model):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": ""}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert "loses spaces" in refused(model)
