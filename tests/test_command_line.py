@@ -197,8 +197,8 @@ real.main(sys.argv[1:])
 """
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--group_size", "64",
              "--save_every", "1", "--steps", "2", "--micro_batch_tokens", "1000000"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "out of memory while" in last and "lower --" in last

@@ -66,8 +66,8 @@ def test_a_long_prompt_is_skipped(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", ["jsonl", "json", CSV])
 def test_numbers_stay_as_written(written, suffix, tmp_path):
     row = f'{{"problem": "1+1", "answer": {written}}}'
-    text = {"jsonl": row, "json": f"[\n {row}\n]", "csv": f"problem,answer\n1+1,{written}\n"}[suffix]
-    assert load(text.encode(), tmp_path, suffix=suffix)[0]["answer"] == written
+    text = {"jsonl": row, "json": f"[\n {row}\n]", "csv": f"problem,answer\n1+1,{written}\n"}
+    assert load(text[suffix].encode(), tmp_path, suffix=suffix)[0]["answer"] == written
 
 
 def test_dates_decimals_and_integers_of_parquet_stay_as_written(tmp_path):
@@ -100,11 +100,10 @@ def test_a_chat_as_problem_is_read_as_a_chat(tmp_path):
     assert found["opening"] == "<think>"
 
 
-@pytest.mark.parametrize("chat", [[], ["1+1"], [{"role": "user"}], [None], [[]],
-                                  [{"role": "user", "content": None}],
-                                  *(pytest.param([{"role": "user", "content": content}], marks=fails(
-                                      "strip() of a list outside of `reading`")) for content in
-                                    ([real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
+@pytest.mark.parametrize("chat", [
+    [], ["1+1"], [{"role": "user"}], [None], [[]], [{"role": "user", "content": None}],
+    *(pytest.param([{"content": content}], marks=fails("strip() of a list outside of `reading`"))
+      for content in ([real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
 def test_a_chat_that_is_none_is_one_line_or_skipped(chat, tmp_path):
     rows = [GOOD | {"problem": "1+1"}, {"problem": chat, "answer": "2"}]
     try:
@@ -213,8 +212,8 @@ json_values = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(json_values | st.fixed_dictionaries({"problem": json_values, "answer": json_values}),
-                max_size=3))
+@given(st.lists(json_values | st.fixed_dictionaries(
+    {"problem": json_values, "answer": json_values}), max_size=3))
 def test_no_row_raises_anything_but_one_line(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
     try:

@@ -1,4 +1,4 @@
-"""The run's folder: what it refuses, what it never touches, and what a kill or a full disk costs."""
+"""The run's folder: what it refuses, what it never touches, what a kill or a full disk costs."""
 
 import json
 import os
@@ -434,7 +434,8 @@ def test_twenty_kills(whole, tmp_path):
     for i in range(10):
         folder = tmp_path / str(i)
         for k in range(2):
-            process = start("--output_dir", folder, *["--resume"] * (folder / "config.json").exists())
+            resume = ["--resume"] * (folder / "config.json").exists()
+            process = start("--output_dir", folder, *resume)
             time.sleep(4 + 0.23 * i + 0.5 * k)
             hits += process.poll() is None
             process.kill()
