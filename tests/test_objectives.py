@@ -215,12 +215,6 @@ def test_one_kl_serves_every_objective(name):
         assert torch.allclose(pushed - push, slope * batch["mask"], rtol=1e-9, atol=1e-14)
 
 
-def test_only_a_loss_that_looks_at_the_reference_asks_for_one():
-    asks = {name for name in OBJECTIVES if Config(objective=name).needs_reference}
-    assert asks == {"trpa"} and Config(kl_ref=0.001).needs_reference
-    assert not Config(kl_old=0.1).needs_reference
-
-
 def test_an_objective_of_ones_own_needs_no_edit_of_credit(monkeypatch):
     """Its arguments are found by name: its own settings in Config, anything else in the batch."""
 
