@@ -181,6 +181,7 @@ def test_out_of_memory_names_the_setting_to_lower(where, setting, error, text, t
     assert ("--slots" in said) == (where == "sample")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_that_really_ends_is_one_line_and_costs_no_checkpoint(tmp_path):
     """100 MiB more than the process has when its first step, the second of the run, begins."""
