@@ -198,7 +198,8 @@ def limited(problems, step, config):
 real.draw = limited
 real.main(sys.argv[1:])
 """
-    flags = [*QUICK, *flags, "--resume", "--steps", "2", "--micro_batch_tokens", "1000000"]
+    flags = [*QUICK, *flags, "--resume", "--steps", "2", "--max_new_tokens", "128",
+             "--micro_batch_tokens", "1000000"]
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, text=True, timeout=120,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     last = done.stderr.strip().splitlines()[-1]
