@@ -49,7 +49,7 @@ def load_benchmark(name, model, tokenizer, args):
     problems.sort(key=lambda p: len(p["prompt_ids"]))
     room = getattr(model.config, "max_position_embeddings", math.inf)
     room = min(args.max_new_tokens, room - len(problems[-1]["prompt_ids"]))
-    real.check_model(model, problems, replace(config, max_new_tokens=room))
+    real.check_model(model, tokenizer, problems, replace(config, max_new_tokens=room))
     return problems, room
 
 def saved(file, settings):
