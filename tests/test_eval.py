@@ -153,7 +153,8 @@ def flipped(text):
 
 @pytest.mark.parametrize("damage", [
     cut, flipped, lambda text: "", lambda text: "[]", lambda text: "{}\n", lambda text: text * 2,
-    lambda text: "\x00" * len(text), lambda text: "\xff\xfe\x80", lambda text: text.replace('"crc"', '"cr"')])
+    lambda text: "\x00" * len(text), lambda text: "\xff\xfe\x80",
+    lambda text: text.replace('"crc"', '"cr"')])
 def test_a_damaged_file_is_one_line(damage, tmp_path, capsys):
     ev.main([*QUICK, "--output_dir", str(tmp_path)])
     file, = completions(tmp_path)
