@@ -594,7 +594,7 @@ def make_optimizer(model, config):
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
         round_weights(model)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())
         home = dict(zip(model.parameters(), weights))
