@@ -158,7 +158,7 @@ def card(gib):
 
     torch.manual_seed(0)
     master = transformers.AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-    model = copy.deepcopy(master).to(device, torch.bfloat16)
+    model = real.round_weights(copy.deepcopy(master)).to(device)
     model.activation_checkpointing_enable()
     for p in model.parameters():
         p.grad_dtype = torch.float32

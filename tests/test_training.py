@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import real
 from real import Config, OBJECTIVES
+from test_parallel import doubled, float64
 
 ROOT = Path(real.__file__).parent
 QUICK = Config(eval_every=0, steps=2, prompts=4, mini_batches=2, group_size=4)
@@ -115,14 +116,15 @@ def gradient(model, batch, config):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradient_does_not_depend_on_the_micro_batch(tiny, batch, objective):
-    model = tiny[0]
     assert real.is_mixed(batch["labels"]).any()
     config = replace(QUICK, objective=objective, grad_clip=1e9, kl_old=0.01)
-    whole, groups, single = (gradient(model, batch, replace(config, micro_batch_tokens=n)) for n in (10**6, 300, 1))
+    with float64():
+        model, batch = copy.deepcopy(tiny[0]).double(), doubled(batch)
+        whole, groups, single = (gradient(model, batch, replace(config, micro_batch_tokens=n)) for n in (10**6, 300, 1))
     for n, g in whole.items():
         assert g.abs().max() > 0
         for other in (groups, single):
-            assert (g - other[n]).norm() <= 1e-5 * g.norm()
+            assert (g - other[n]).norm() <= 1e-6 * g.norm()  # nine RMSNorms round to fp32 by themselves, 1.2e-7 each
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
