@@ -15,13 +15,9 @@ Where the paper is in this file          Shapes
     Eq. 4        log_ratio                 logp, old_logp, mask    (Q, G, T)
     Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G)
     Eq. 6, 7, 8  real
-    Eq. 9, 10    credit (of real)        Three places to edit, marked EDIT: an objective,
-    Eq. 11       real_bce                a label, how answers are sampled
-    Algorithm 1  train, its lines marked "line N"
-
-Where this differs from the paper as printed: the README lists it. In short: a group that is all
-right or all wrong contributes nothing, as in the authors' released code (--as_printed true uses
-every group), and logits are divided by the sampling temperature inside log-probabilities too.
+    Eq. 9, 10    credit (of real)        Three places to edit, marked EDIT: the objectives,
+    Eq. 11       real_bce                the labels, how answers are sampled.
+    Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
 
 import inspect
@@ -43,6 +39,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -72,42 +69,42 @@ class Config:
     """All settings of a run; the command line is made from it. Defaults: the embedded model."""
 
     model: str = arg(TINY, "Hugging Face model id or folder")
-    dataset: str = arg(TINY, "training problems: hub id, folder, .json .jsonl .csv .parquet file")
+    dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv .parquet file")
     dataset_config: str | None = arg(None, "configuration of a hub data set that has several")
     split: str = arg("train", "split to train on")
     eval_dataset: str = arg(TINY, "held-out problems, with the same columns")
     eval_split: str = arg("test", "split to validate on")
-    problem_column: str = arg("problem", "the question; also prompt[0].content or context+question")
+    problem_column: str = arg("problem", "the question; also prompt[0].content, context+question")
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
-    as_printed: bool = arg(False, "REAL losses: use all-right and all-wrong groups too, Eq. 8")
-    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; none: their own default")
-    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; none: their own default")
-    beta: float | None = arg(None, "beta of TRPA; none: its own default")
+    as_printed: bool = arg(False, "REAL losses: all-right and all-wrong groups count too, Eq. 8")
+    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO and GSPO; none: their default")
+    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO and GSPO; none: their default")
+    beta: float | None = arg(None, "beta of TRPA; none: its default")
     kl_ref: float = arg(0.0, "weight of a KL to the starting model, any objective, Sec. 5.3")
     kl_old: float = arg(0.0, "weight of a KL to the old policy, any objective, Sec. 5.3")
     prompts: int = arg(16, "questions a step, Q; paper: 128")
     group_size: int = arg(8, "rollouts a question, G, Sec. 5.1")
-    mini_batches: int = arg(4, "updates a step, each on prompts / mini_batches groups, Sec. 5.1")
+    mini_batches: int = arg(4, "updates a step, on prompts / mini_batches groups each, Sec. 5.1")
     steps: int = arg(80, "training steps; paper: 1,400")
     lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
     warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
-    weight_decay: float = arg(0.01, "AdamW weight decay, Sec. 5.1")
-    beta2: float = arg(0.95, "AdamW decay of the second moment, below 1; released code: 0.999")
+    weight_decay: float = arg(0.01, "of AdamW, Sec. 5.1")
+    beta2: float = arg(0.95, "AdamW's decay of the second moment; released code: 0.999")
     grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
-    temperature: float = arg(1.0, "for sampling and inside log-probabilities; paper: 0.6")
+    temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
     max_prompt_tokens: int = arg(1024, "longer prompts are skipped, released code")
     max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
-    slots: int = arg(2048, "rollouts sampled side by side; each holds a cache in memory")
+    slots: int = arg(2048, "rollouts sampled side by side; each takes memory for its cache")
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
-    low_memory: bool = arg(False, "bf16, activations recomputed; fp32 weights and AdamW on the CPU")
-    eval_every: int = arg(20, "steps between validations, also one before and one after; 0: none")
+    low_memory: bool = arg(False, "bf16, activations recomputed; fp32 weights, AdamW on the CPU")
+    eval_every: int = arg(20, "steps between validations, also one before and after; 0: none")
     eval_samples: int = arg(8, "samples a validation problem; paper: 16")
     eval_limit: int = arg(256, "validation problems used")
     seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone")
     save_every: int = arg(50, "steps between checkpoints")
-    keep: int = arg(2, "checkpoints kept; the newest alone holds AdamW's state")
+    keep: int = arg(2, "checkpoints kept; the newest alone can be gone on from exactly")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
     resume: bool = arg(False, "go on with the run found in output_dir")
 
@@ -115,21 +112,19 @@ class Config:
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
-            value = getattr(self, f.name)
-            low = 0 if f.name in MAY_BE_0 else 2 if f.name == "group_size" else 1e-12
-            if type(value) in (int, float) and not low <= value < MAX.get(f.name, math.inf):
-                least = "above 0" if low == 1e-12 else f"at least {low}"
-                most = f"below {MAX[f.name]}" if f.name in MAX else "finite"
-                raise UserError(f"--{f.name} must be {least} and {most}; it is {value}")
+            value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
+            kind = type(f.default) if f.default is not None else f.type
+            if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
+                raise UserError(f"--{f.name} {value!r} is of the wrong type")
+            if isinstance(value, (int, float)) and f.type is not bool and not low <= value < high:
+                raise UserError(f"--{f.name} {value} must be at least {low} and below {high}")
             if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
                 raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
         if self.prompts % self.mini_batches:
-            raise UserError(f"--mini_batches {self.mini_batches} must divide --prompts "
-                            f"{self.prompts}: a mini-batch holds whole groups")
+            raise UserError(f"--prompts must be a multiple of --mini_batches {self.mini_batches}")
 
     @property
     def folder(self):
-        """The run's folder."""
         name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
         return Path(self.output_dir or Path("runs") / name)
 
@@ -143,29 +138,27 @@ class Config:
         """Whether the loss looks at the starting model, then held as a second, frozen copy."""
         return self.kl_ref > 0 or "ref_logp" in self.objective_arguments
 
-LOSS = "tau as_printed eps_low eps_high beta".split()  # each for some objectives only
-MAY_BE_0 = "kl_ref kl_old warmup weight_decay eval_every seed".split()  # all other numbers: above 0
-MAX = {"beta2": 1, "seed": 2**32, "group_size": 1025}
+LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
+RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
+    "seed": (0, 2**32), "group_size": (2, 1025), "beta2": (0, 1)}  # all others: above 0
 
-REAL_MODEL = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True,  # as released
-                  micro_batch_tokens=16384, eval_samples=4, eval_limit=128, save_every=10)
-PAPER = REAL_MODEL | dict(  # Sec. 5.1
+ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
+                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
+PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
     dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
     eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50)
-PRESETS = {  # what each costs and can be expected to reach: README
-    "tiny": {},
-    "0.5b": REAL_MODEL | dict(
+PRESETS = {  # what each of them takes, and what to expect: README
+    "tiny": {}, "paper": PAPER,
+    "0.5b": ONE_CARD | dict(
         model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
-        eval_dataset="openai/gsm8k", problem_column="question", steps=100, lr=1e-6, temperature=1.0,
-        mini_batches=2, max_new_tokens=512, slots=128, eval_every=25),
+        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
+        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
     "1.5b": PAPER | dict(
         prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
         eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
-    "paper": PAPER,
     "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112),
-}
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112)}
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
@@ -293,18 +286,17 @@ def credit(logp, batch, config):
 # ==== Log-probabilities ===========================================================================
 
 def micro_batches(batch, rows, config):
-    """Lists of rollouts, each of at most micro_batch_tokens once padded (or of a single rollout).
+    """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens once padded.
 
-    `rows` are numbers of rollouts, counted through all groups: 0 to Q*G - 1. Those of a group stay
-    neighbours, to share their prompt; groups of like length stand together, to save padding.
+    Those of a group stay neighbours, to share their prompt; groups of like length go together.
     """
     G, lengths, parts = batch["labels"].shape[1], batch["lengths"].flatten().tolist(), [[]]
     longest = batch["lengths"].amax(-1).tolist()
-    for i in sorted(rows, key=lambda i: (longest[i // G], i // G, lengths[i])):
-        width = max(lengths[k] for k in [*parts[-1], i])
+    for row in sorted(rows, key=lambda row: (longest[row // G], row)):
+        width = max(lengths[i] for i in [*parts[-1], row])
         if parts[-1] and (len(parts[-1]) + 1) * width > config.micro_batch_tokens:
             parts.append([])
-        parts[-1].append(i)
+        parts[-1].append(row)
     return [sorted(part) for part in parts if part]
 
 def head_logprobs(hidden, targets, head, temperature):
@@ -321,38 +313,34 @@ def token_logprobs(model, batch, rows, config):
            [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
 
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
-    Where activations are recomputed (low_memory) no cache is allowed: each rollout then stands
-    behind a copy of its prompt. The logits of all tokens never exist together: the LM head takes
-    512 tokens at a time, and again in the backward pass.
+    Recomputed activations (low_memory) allow no cache: there each rollout has a copy of its prompt.
+    The LM head takes 512 tokens at a time, so that the logits of all never exist together.
     """
     for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
         module.training = isinstance(module, GradientCheckpointingLayer)
-    G, device = batch["labels"].shape[1], batch["mask"].device
+    G, T, device = *batch["mask"].shape[1:], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))  # (n, T)
-    count = mask.sum(-1, keepdim=True)  # (n, 1)
+    question, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
+    prompts, repeats = [batch["prompts"][q] for q in question], repeats.to(device)
+    first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # it predicts token 0
+    first = first.repeat_interleave(repeats, 0)  # (n, 1)
     if config.low_memory:
-        prompts = [batch["prompts"][i // G] for i in rows]
-        sequences = [torch.cat([q, o[:n]]) for q, o, n in zip(prompts, completions, count)]
-        ids = pad_sequence(sequences, batch_first=True)
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]  # causal: padding is unseen
+        count = mask.sum(-1, keepdim=True)
+        ids = pad_sequence([torch.cat([batch["prompts"][row // G], o[:n]])
+                            for row, o, n in zip(rows, completions, count)], batch_first=True)
         column = torch.arange(ids.shape[1], device=device)
-        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # it predicts token 0
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]  # causal: padding is unseen
         hidden = hidden[(column >= first) & (column < first + count)]  # (tokens, H)
     else:
-        question, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
-        prompts, repeats = [batch["prompts"][q] for q in question], repeats.to(device)
         ids = pad_sequence([q[:-1] for q in prompts], batch_first=True)
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(repeats)
         last = torch.stack([q[-1:] for q in prompts]).repeat_interleave(repeats, 0)  # (n, 1)
-        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)
-        first = first.repeat_interleave(repeats, 0)
-        column, T = torch.arange(ids.shape[1] + mask.shape[1], device=device), mask.shape[1]
-        hidden = model.base_model(  # the last token of the prompt predicts token 0, and so on
-            input_ids=torch.cat([last, completions[:, :-1]], 1),  # (n, T)
-            attention_mask=(column < first) | (column >= ids.shape[1]),  # all but the padding
-            position_ids=first + column[:T], past_key_values=cache)[0]
-        hidden = hidden[mask]  # (tokens, H)
+        column = torch.arange(ids.shape[1] + T, device=device)
+        hidden = model.base_model(
+            input_ids=torch.cat([last, completions[:, :-1]], 1), past_key_values=cache,
+            attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
+            position_ids=first + column[:T])[0][mask]  # (tokens, H)
     head = model.get_output_embeddings()
     logp = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
             for h, o in zip(hidden.split(512), completions[mask].split(512))]
@@ -384,8 +372,8 @@ class Slots:
             self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
                                   for x in read]
             for x, new in zip(self.kv, read):
-                new = new.repeat_interleave(G, 0)
-                x[len(active) : len(active) + len(new), :, : new.shape[2]] = new
+                rows = slice(len(active), len(active) + len(prompts) * G)
+                x[rows, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Each attention layer calls this: store a token's keys and values, return all of them."""
@@ -404,27 +392,25 @@ def next_token(logits, temperature, top_p):
     p = (logits.float() / temperature).softmax(-1)
     if top_p < 1:  # keep the fewest tokens that hold this much probability
         p, order = p.sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
-        p = torch.zeros_like(p).scatter(-1, order, p)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).gather(-1, order.argsort(-1))
     return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race that token i wins with p_i
 
 @torch.no_grad()
-def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0, slots=1024):
+def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0, slots=2048):
     """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
-    side by side. When a group's worth of them has ended, the next prompt is read into their slots;
-    when no prompt is left, those that have ended leave. Inside a token the host never waits.
+    side by side; when a quarter has ended, they make room for the next prompts.
     """
     model.eval()
     device, G, total = model.device, group_size, len(prompts) * group_size
-    every, ends = 16 if device.type == "cuda" else 1, torch.tensor(ends, device=device)
+    every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
-    # of each slot: its rollout (`total`: ended), its last token and that one's column, its length
+    # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
-    finite, bar = torch.tensor(True, device=device), tqdm(desc="sampling", unit=" tokens", delay=5)
+    bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
     while True:
         active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
         if len(active) <= 0.75 * len(rollout):
@@ -432,32 +418,28 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             new, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in new], G)
             new = [[q * G + g, prompts[q][-1], len(prompts[q]) - 1, 0]
-                   for q in new for g in range(G)]
+                   for q in new for g in range(G)]  # the last token of a prompt is read again
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
         if not len(rollout):
             break
         cache.width = int(at.max()) + 1
-        for _ in range(every):  # one token of every slot: the place for a CUDA graph
+        for _ in range(every):  # a token of every slot; here a CUDA graph would fit
             cache.at = at
             see = torch.arange(cache.width, device=device) <= at[:, None]
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
                            attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
-            finite &= logits.amax().isfinite()
             token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
             ids[rollout, t] = token  # ended slots write to the spare last row
-            t, at = t + 1, at + 1
+            t = t + 1
             rollout = rollout.masked_fill(torch.isin(token, ends) | (t == max_new_tokens), total)
-            t, at = t.clamp(max=max_new_tokens - 1), at.clamp(max=cache.columns - 1)
+            t, at = t.clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
             cache.width = min(cache.width + 1, cache.columns)
         bar.update(every * len(rollout))
-        if not finite:
-            raise UserError("the model's logits are not finite: its weights are ruined; start "
-                            "again with a lower --lr")
     bar.close()
     ended = torch.isin(ids[:total], ends)
-    mask = ended.cumsum(-1) - ended.long() == 0  # (critical) up to the first end token, inclusive
+    mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
     T = int(mask.sum(-1).max())
     return [x[:, :T].view(len(prompts), G, T) for x in (ids[:total] * mask, mask)]
 
@@ -468,26 +450,26 @@ def label_group(problem, texts):
 def rollouts(model, tokenizer, problems, group_size, config, label=label_group, top_p=1.0):
     """A group of rollouts of each problem and their labels, as a batch: a dict of length-Q values.
 
-    problems     list of dicts, see load_problems         prompts    list of (tokens,) int64
-    completions  (Q, G, T) int64, 0 after the end         mask       (Q, G, T) bool
-    lengths      (Q, G) int64, prompt and completion      labels     (Q, G) bool
-    texts        Q lists of G str, as decoded             ended      (Q, G) bool, False: cut off
-    `train` adds old_logp and, where the loss looks at it, ref_logp: (Q, G, T) float32.
+    problems     list of dicts, see load_problems       prompts    list of (tokens,) int64
+    completions  (Q, G, T) int64, 0 after the end       mask       (Q, G, T) bool
+    lengths      (Q, G) int64, prompt and completion    labels     (Q, G) bool
+    texts        Q lists of G str                       ended      (Q, G) bool, False: cut off
+    `train` adds old_logp, and ref_logp where the loss looks at it: (Q, G, T) float32.
     """
     prompts = [torch.tensor(p["prompt_ids"], device=model.device) for p in problems]
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    ids, mask = sample(model, prompts, group_size, sorted(ends), config.max_new_tokens,
-                       config.temperature, top_p, config.slots)
+    ends = torch.tensor(sorted(ends), device=model.device)
+    ids, mask = sample(model, prompts, group_size, ends, config.max_new_tokens, config.temperature,
+                       top_p, config.slots)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
              for group in zip(ids, mask)]
     labels = [label(p, [p["opening"] + text for text in group])
               for p, group in zip(problems, texts)]
-    lengths = mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=ids.device)
-    ended = (mask & torch.isin(ids, torch.tensor(sorted(ends), device=ids.device))).any(-1)
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
-            "lengths": lengths, "texts": texts, "ended": ended,
-            "labels": torch.tensor(labels, dtype=torch.bool, device=ids.device)}
+            "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=ids.device),
+            "labels": torch.tensor(labels, dtype=torch.bool, device=ids.device), "texts": texts,
+            "ended": (mask & torch.isin(ids, ends)).any(-1)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
@@ -498,16 +480,16 @@ def validate(model, tokenizer, problems, config):
 # ==== Update and training =========================================================================
 
 def round_weights(model):
-    """Weights to bf16. (critical) Buffers stay fp32: rounded rotary phases are off by radians."""
+    """Weights to bf16. (critical) Not the buffers: rounded rotary phases are off by radians."""
     for p in model.parameters():
         p.data = p.data.bfloat16()
 
 def make_optimizer(model, config):
-    """AdamW over fp32 weights: those of the model or, with low_memory, the ones it is rounded from.
+    """AdamW over fp32 weights: those of the model or, with low_memory, what it is rounded from.
 
-    At lr 2e-6 most updates are smaller than the spacing of bf16 numbers, so they have to gather in
-    fp32. With low_memory these weights, their gradients and moments stay on the CPU: a gradient
-    moves there as soon as it exists, and rounded weights come back after each step.
+    At lr 2e-6 most updates are below the spacing of bf16 numbers: they have to gather in fp32. With
+    low_memory that happens on the CPU: gradients move there as soon as they exist, new weights come
+    back after each step.
     """
     weights = list(model.parameters())
     if config.low_memory:
@@ -534,14 +516,12 @@ def make_optimizer(model, config):
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
 
-    An objective couples the rollouts of a group, so it cannot be cut into micro-batches. The chain
+    An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
     rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
-    factor without a model, then each micro-batch brings its share of the sum. If all is a single
-    micro-batch, the graph of its log-probabilities is there already. Without any credit, or when
-    the loss or gradient is not finite, the weights stay as they are.
-    Returns the loss, the norm of the gradient, and s_bar and |W| of each rollout.
+    factor without a model, then each micro-batch brings its share of the sum; if there is only one,
+    its graph is there already. Without credit, or if a number is not finite, the weights stay.
     """
-    Q, G, T = batch["mask"].shape
+    Q, G = batch["labels"].shape
     whole = len(micro_batches(batch, range(Q * G), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
@@ -549,7 +529,7 @@ def update(model, optimizer, batch, config):
     rows = push.flatten(0, 1).any(-1).nonzero()[:, 0].tolist()
     if rows and whole:
         logp.backward(push)  # dL/dtheta = push * dlogp/dtheta
-    elif rows:
+    else:
         for part in micro_batches(batch, rows, config):
             token_logprobs(model, batch, part, config).backward(push.flatten(0, 1)[part])
     weights = optimizer.param_groups[0]["params"]
@@ -557,7 +537,7 @@ def update(model, optimizer, batch, config):
     if rows and (loss + norm).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=not config.low_memory)
-    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # Q: from the mean
+    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W|: not the mean
             "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
 
 def draw(problems, step, config):
@@ -570,24 +550,23 @@ def draw(problems, step, config):
     return chosen
 
 def train(config, label=label_group):
-    """Algorithm 1. `label(problem, texts)` gives the G labels of a group.
+    """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
 
-    Returns the last row of the log. Raises UserError, and SystemExit after Ctrl-C or SIGTERM once
-    the step at work is saved.
+    Raises UserError, and SystemExit after Ctrl-C or SIGTERM once the step at work is saved.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
-        model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1, 2
+        model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
         held_out = []
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
             held_out = held_out[: config.eval_limit]
         check_model(model, problems + held_out, config)
-        adam_state = run.load(model)
+        adam = run.load(model)
         optimizer = make_optimizer(model.to(device), config)
-        if adam_state:
-            optimizer.load_state_dict(adam_state)
+        if adam:
+            optimizer.load_state_dict(adam)
         reference = load_model(config.model)[0].to(device) if config.needs_reference else None
         if reference and config.low_memory:
             round_weights(reference)
@@ -603,8 +582,8 @@ def train(config, label=label_group):
             size = config.prompts // config.mini_batches
             parts = [{k: v[i : i + size] for k, v in batch.items()}
                      for i in range(0, config.prompts, size)]
-            with torch.no_grad():  # line 5; (critical) with the very forward passes of `update`, so
-                for part in parts:  # that s_bar is exactly 0 before the first one
+            with torch.no_grad():  # line 5; (critical) by the very forward passes of `update`:
+                for part in parts:  # s_bar is exactly 0 before the first one
                     part["old_logp"] = all_logprobs(model, part, config)
                     if reference:
                         part["ref_logp"] = all_logprobs(reference, part, config)
@@ -613,7 +592,6 @@ def train(config, label=label_group):
                 number = (step - 1) * config.mini_batches + len(updates) + 1
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
                 updates.append(update(model, optimizer, part, config))  # lines 9 and 10
-                run.check(step, updates[-1])
             row |= metrics(batch, parts, updates)
             last = step == config.steps
             if held_out and (last or step % config.eval_every == 0):
@@ -624,71 +602,67 @@ def train(config, label=label_group):
             row = {}
         return run.finish()  # line 13
 
-# ==== Here the algorithm ends =====================================================================
-# What follows: the numbers of the log, the checker, models and data, the run's folder, command line.
+# ==== Here the algorithm ends. What follows serves it. ============================================
 
 def metrics(batch, parts, updates):
     """What a step did, as numbers; the README says what each means."""
-    mask, labels = batch["mask"], batch["labels"]
-    old_logp, s, weight, loss, norm = (torch.cat([torch.atleast_1d(x[k]) for x in xs]) for xs, k in (
-        (parts, "old_logp"), (updates, "s_bar"), (updates, "weight"), (updates, "loss"),
-        (updates, "grad_norm")))
-    return {"loss": loss.mean(), "reward": labels.float().mean(),
+    labels, mask = batch["labels"], batch["mask"]
+    old_logp = torch.cat([part["old_logp"] for part in parts])
+    s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
+    return {"loss": sum(u["loss"] for u in updates) / len(updates), "reward": labels.float().mean(),
             "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
             "cut_off": 1 - batch["ended"].float().mean(),
             "entropy": -old_logp[mask].mean(),  # an estimate: the tokens were drawn from pi_old
             "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
             "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
             "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
-            "spread_weight": weight.std(), "grad_norm": norm.max()}
+            "spread_weight": weight.std(), "grad_norm": max(u["grad_norm"] for u in updates),
+            "skipped": sum(not (u["loss"] + u["grad_norm"]).isfinite() for u in updates)}
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
-
-# Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, interval,
+# Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, tuple,
 # matrix, ...) and evaluated in exact fractions; equal forms are equal answers. A name (π, x, apple)
-# is a random fraction, a root its first 400 digits. What does not parse is text. No algebra is done.
-MAX_RESPONSE, MAX_ANSWER, MAX_OPEN, MAX_BITS = 100_000, 600, 50, 20_000  # these bound the work
-SYMBOLS = dict(pair.split("→") for pair in r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ √→√ sqrt→√
-    \sqrt→√ pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥
-    \ge→≥ \geq→≥ \geqslant→≥ \approx→= and→, or→, \{→{ \}→} \\→),( &→, \dfrac→\frac \tfrac→\frac
-    \cfrac→\frac sin→\sin cos→\cos tan→\tan log→\log ln→\ln ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8
-    ⁹→9 \circ→° @→? \dollar→@dollar %→@percent \%→@percent percent→@percent $→~ \$→~ €→~ £→~ \(→~
-    \)→~ \[→~ \]→~ \left→~ \right→~ \displaystyle→~ \quad→~ \qquad→~""".split())
+# is a random fraction, a root its first 400 digits; what does not parse is text. No algebra.
+MAX_RESPONSE, MAX_ANSWER, MAX_DEPTH, MAX_BITS = 100_000, 600, 30, 20_000  # these bound the work
+SYMBOLS = dict(re.findall(r"(\S+)→(\S*)", r"""−→- –→- ×→* ·→* \times→* \cdot→* **→^ sqrt→√ \sqrt→√
+    pi→π \pi→π infty→∞ \infty→∞ \pm→± \cup→∪ \bigcup→∪ <=→≤ \le→≤ \leq→≤ \leqslant→≤ >=→≥ \ge→≥
+    \geq→≥ \geqslant→≥ \neq→\ne \approx→= \in→= and→, or→, &→, \\→),( \{→{ \}→} \dfrac→\frac @→?
+    \tfrac→\frac ⁻→- ⁰→0 ¹→1 ²→2 ³→3 ⁴→4 ⁵→5 ⁶→6 ⁷→7 ⁸→8 ⁹→9 \circ→° \dollar→@dollar %→@percent
+    \%→@percent percent→@percent $→~ \$→~ \(→~ \)→~ \left→~ \right→~ \displaystyle→~ \quad→~"""))
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
-UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard|mile"
-        r"|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month|year"
-        r"|way|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))")
+UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdkm]m|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard"
+        r"|mile|pound|ounce|dollar|cent|degree|radian|sec|second|min|minute|hr|hour|day|week|month"
+        r"|year|way|point|student|(?:centi|milli|kilo)?(?:meter|metre|liter|gram))")
 RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
-    (r"(\\left ?[([] *)?\\begin *\{([pb]matrix|array\} *\{[clr|]+)\}", "[("),  # \begin{bmatrix} -> [(
-    (r"(\\\\\s*)?\\end *\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # \end{bmatrix} -> )]
-    (r"(?<=\d)(?<!\d{4})(,?\\!|\\,|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
-    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234, but (1,234)
-     lambda match: match[0].replace(",", "")),
+    (r"(\\left ?[([] *)?\\begin\{([pb]matrix|array\}\{[clr|]+)\}", "[("),  # \begin{pmatrix}1 -> [(1
+    (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
+    (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
+    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234
+     lambda m: m[0].replace(",", "")),
     (r"\\\$ ?([\d,.]*\d)", r"\1\\dollar"),  # \$5 -> 5\dollar
     ("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}"),  # 10⁻³ -> 10^{⁻³}
-    (r"\*\*|[<>]=|\\?([A-Za-z]+|.)", lambda match: SYMBOLS.get(match[0], match[0])),  # 2\pi -> 2π
+    (r"\*\*|[<>]=|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # 2\pi -> 2π
     (TEXT + r"\{[ ~]*([mgshLNJWVAKC](/[a-z]+)?)[ ~]*\}", r"@\1"),  # 5\text{ m} -> 5@m
     (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
     (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
-    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?( ?(/|per) ?({UNIT}|[mhs]))?(?![A-Za-z])", r"@\1\3"),  # 5 cm -> 5@cm
+    (rf"(?<=[\d.)}}π]) ?({UNIT})(e?s)?( ?(/|per)? ?({UNIT}|[mhs]))?\b", r"@\1\3"),  # 5 cm -> 5@cm
     (r"(\^ ?)?\{? ?° ?\}?", "@degree"),  # 36^{°} -> 36@degree
     (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),  # 4.5 x 10^33 -> 4.5*10^33
-    (r"^ *[a-z] ?\\in(?![A-Za-z])", ""),  # x \in [2, 3] ->  [2, 3]
     (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
-    (r"(?<![\w.}/*^])(\d+)( ?\\frac{+(\d+)}+{+(\d+)}+| (\d+)/(\d+)(?!\.?\d))",  # 2 1/2 -> (2+1/2)
-     r"(\1+\3\5/\4\6)"),
-    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\}", r"\1\2 "),  # x^{2}y -> x^2 y
-    (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
-    (r"(?<![A-Za-z\\@])[A-Za-z]{2,}", lambda match: match[0].lower()),  # Even -> even
+    (r"(?<=\d) ?\\frac{+(\d+)}+{+(\d+)}+", r" \1/\2"),  # 2\frac{1}{2} -> 2 1/2
+    (r"(?<![\w.}/*^])(\d+) (\d+/\d+)(?!\.?\d)", r"(\1+\2)"),  # 2 1/2 -> (2+1/2)
+    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
+    (r"(?<![A-Za-z\\])@?[A-Za-z]{2,}( [A-Za-z]{2,})*",  # No solution -> nosolution
+     lambda m: m[0].lower().replace(" ", "")),
     (r"^ +|[ .,;:]+$", "")]]  # 5. -> 5
 NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
 TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
 GOLD_LHS = r"((\\?[A-Za-z]+(_{?\w+}?)? ?( ?\([A-Za-z, ]*\))?|\([A-Za-z, ]+\)) *=)?"  # x =, f(x) =
 REPLY_LHS = r"((?=[^=]*[A-Za-z])([_^(]\d+|[^\d=,;]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?"  # AB + AC =
-APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, op.pow)}
+APPLY = {"+": (1, op.add), "-": (1, op.sub), "*": (2, op.mul), "/": (2, op.truediv), "^": (3, pow)}
 
 def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
-    """Precedence climbing over reversed tokens, up to a closing bracket; ValueError if no number."""
+    """Precedence climbing over reversed tokens, up to a closing bracket; ValueError: no number."""
     token = tokens.pop()
     if token in "+-":
         value = _evaluate(tokens, max(level, 1)) * int(token + "1")
@@ -698,10 +672,9 @@ def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
         value = _evaluate(tokens, 3) / _evaluate(tokens, 3)
     elif token == "√":
         value = Fraction(math.isqrt(int(_evaluate(tokens, 3) * 10**800)), 10**400)
-    elif NAME.fullmatch(token):  # the same name, the same fraction
-        value = Fraction(random.Random(token).getrandbits(200), 10**60 + 7)
-    else:
-        value = Fraction(token)
+    else:  # the same name, the same fraction
+        name = NAME.fullmatch(token) and random.Random(token).getrandbits(200)
+        value = Fraction(name, 10**60 + 7) if name else Fraction(token)
     while tokens[-1] not in ")}" and APPLY.get(tokens[-1], APPLY["*"])[0] > level:
         sign = tokens.pop() if tokens[-1] in APPLY else ""
         hedge = sign == "" and (value == 0 or tokens[-1][0] in ".0123456789")  # 0 apples; 5 6
@@ -715,43 +688,37 @@ def _evaluate(tokens: list[str], level: int = 0) -> Fraction:
     return value
 
 def _split(text: str, marks: str) -> list[str]:
-    """Split outside all brackets; nothing comes back where a bracket closes that was not opened."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if depth < 0:
-            return []
-        parts[-1:] = [parts[-1], ""] if depth == 0 and char in marks else [parts[-1] + char]
+    """Split outside all brackets; nothing comes back where brackets do not match."""
+    depths = [*accumulate((char in "([{") - (char in ")]}") for char in text)]
+    cut = ["\0" if depth == 0 and char in marks else char for char, depth in zip(text, depths)]
+    parts = "".join(cut).split("\0") if set(depths) <= set(range(MAX_DEPTH)) else []
     return [part.strip() for part in parts if part.strip()]
 
 def _canonical(text: str) -> tuple:
     """A hashable form of a rewritten answer; equal forms are equal answers."""
-    pair, inside, items = text[:1] + text[-1:], _split(text[1:-1], ",;"), _split(text, ",;")
+    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",;")
     if inside and pair == "{}":
         return _canonical(text[1:-1].strip())
-    items = [item.replace("±", s) for item in items for s in ("+-" if "±" in item else "+")]
+    items = [t.replace("±", s) for t in _split(text, ",;") for s in ("+-" if "±" in t else "+")]
     for kind, parts in ("list", items), ("union", _split(text, "∪")), ("equal", _split(text, "=")):
         if len(parts) > 1:
-            forms = Counter(map(_canonical, parts))  # without order
-            single = kind != "list" and len(forms) == 1  # 2 + 3 = 5 is 5
-            return [*forms][0] if single else (kind, frozenset(forms.items()))
+            forms = frozenset(Counter(map(_canonical, parts)).items())  # no order; 2 + 3 = 5 is 5
+            return (kind, forms) if kind == "list" or len(forms) > 1 else _canonical(parts[0])
     if len(sides := re.split("([<>≤≥])", text)) > 1:
         if sides[1] in ">≥":  # x ≥ 5 is 5 ≤ x
             sides = [side.translate(str.maketrans(">≥<≤", "<≤>≥")) for side in sides[::-1]]
         return "order", *sides[1::2], *map(_canonical, sides[::2])
-    if len(inside) > 1 and pair in ("()", "[]", "(]", "[)"):  # (2,251,252) is a triple
+    if len(inside) > (pair != "[]") and pair in ("()", "[]", "(]", "[)"):  # (2,251,252); [(1,2)]
         return pair, *map(_canonical, inside)
     try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
         free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
         terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦,;") or "?"
-        values = [_evaluate([")", *TOKEN.findall(term)[::-1]]) for term in terms]
-        return "value", *sorted(round(value, 300) for value in values)  # roots are rounded
+        return "value", *sorted(round(_evaluate(TOKEN.findall(t + ")")[::-1]), 300) for t in terms)
     except (ValueError, IndexError, ZeroDivisionError, RecursionError):
         return "text", re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 def _same(gold: str, reply: str) -> bool:
-    large = len(gold + reply) > MAX_ANSWER or len(re.findall(r"[([{]", gold + reply)) > MAX_OPEN
-    if gold == reply or large:
+    if gold == reply or len(gold + reply) > MAX_ANSWER:
         return gold.strip() == reply.strip() != ""
     for pattern, new in RULES:
         gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
@@ -767,27 +734,25 @@ def _same(gold: str, reply: str) -> bool:
 
 def extract_answer(response: str) -> str | None:
     r"""Content of the \boxed{} or \fbox{} that closes last, after the last </think>, or None.
-
     An open <think> gives None. Where the prompt ends in <think>, pass "<think>" + completion.
     >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    tail, opened, answer = response.rpartition("</think>")[2], [], None
-    tail = "" if "<think>" in tail else tail[-MAX_RESPONSE:]
-    for match in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\\.|\}", tail):
+    tail = response.rpartition("</think>")[2]
+    opened, answer = [], None
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\\.|\}", tail[-MAX_RESPONSE:]):
         if match[0] == "}" and opened and (start := opened.pop()):
-            answer = tail[start:match.start()]
+            answer = match.string[start:match.start()]
         elif match[0][-1] == "{" and match[0] != r"\{":
             opened.append(match.end() if match[1] else 0)  # 0: a brace, not a box
-    return answer
+    return None if "<think>" in tail else answer
 
-def is_correct(response: str, answer: str | int | float | list) -> bool:
+def is_correct(response: str, answer: str | float | list) -> bool:
     r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
-
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
     (True, False)
     """
-    reply, golds = extract_answer(response), answer if isinstance(answer, list) else [answer]
+    reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
 # ==== Models and data =============================================================================
@@ -803,78 +768,65 @@ def reading(what):
         cause = str(e).strip() or type(e).__name__
         raise UserError(f"cannot use {what}: {cause.splitlines()[0]}") from e
 
-def shown(name):
-    """A hub id, or a path as one would type it here."""
-    return os.path.relpath(name) if os.path.exists(name) else str(name)
-
 def load_model(name):
-    """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
+    """A causal language model in fp32 and its tokenizer, from the hub or a folder, not its code."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False)
-        model.own_dtype = settings.dtype or torch.float32  # in which checkpoints are saved
+        model.own_dtype = own or torch.float32  # checkpoints are saved in it
         if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
             raise UserError(f"the tokenizer of {name} loses spaces; update transformers (>= 5.8)")
     return model, tokenizer
 
 def check_model(model, problems, config):
-    """Refuse a model that would be sampled or trained wrongly; its plain logits are the judge."""
+    """Refuse a model that would be sampled or trained wrongly; its own plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     for name in ("max_position_embeddings", "sliding_window"):
-        if (getattr(model.config, name, None) or longest) < longest:
-            raise UserError(f"the model's {name} is {getattr(model.config, name)}, but a prompt and "
-                            f"--max_new_tokens are up to {longest} tokens; lower the latter")
+        limit = getattr(model.config, name, None)
+        if limit and limit < longest:
+            raise UserError(f"{name} of the model is {limit}, a prompt and its answer can have "
+                            f"{longest} tokens; lower --max_new_tokens")
     prompts = [torch.tensor(problems[0]["prompt_ids"][:n]) for n in (12, 7)]
     with reading(f"model {config.model}"):
-        ids, mask = sample(model, prompts, 2, [-1], 4, 0)
-        batch = {"prompts": prompts, "completions": ids, "mask": mask, "labels": mask[..., 0],
-                 "lengths": mask.sum(-1) + torch.tensor([[12], [7]])}
+        ids, mask = sample(model, prompts, 2, [-1], 4, 0)  # (2, 2, 4)
+        lengths = mask.sum(-1) + torch.tensor([[len(prompt)] for prompt in prompts])
+        batch = {"prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
+                 "labels": mask[..., 0]}
         logp = all_logprobs(model, batch, config)
-        for q, prompt in enumerate(prompts):
-            sequence = torch.cat([prompt, ids[q, 0]])[None]
-            logits = model.eval()(input_ids=sequence).logits[0, len(prompt) - 1 : -1]  # (4, V)
-            own = (logits / config.temperature).log_softmax(-1)
-            own, best = own.gather(-1, ids[q, 0][:, None])[:, 0], own.amax(-1)
-            error = torch.stack([own - logp[q, 0], own - logp[q, 1], best - own]).abs().max()
-            if not error <= logits.abs().max() / config.temperature * 2**-12:  # half of fp32's bits
-                raise UserError(f"model {config.model} does not work by causal attention and a "
-                                "linear head as Qwen and Llama do; it would be trained wrongly")
+        for prompt, o, ours in zip(prompts, ids[:, 1], logp[:, 1]):
+            logits = model.eval()(input_ids=torch.cat([prompt, o])[None]).logits[0, -5:-1]
+            own = (logits / config.temperature).log_softmax(-1)  # (4, vocabulary)
+            chosen = own.gather(-1, o[:, None])[:, 0]
+            error = torch.stack([chosen - ours, own.amax(-1) - chosen]).abs().max()  # greedy
+            if not error <= 2**-12 * (logits / config.temperature).abs().max():  # half of fp32
+                raise UserError(f"model {config.model} computes its logits in another way than "
+                                "Qwen and Llama do; here it would be trained wrongly")
 
 def load_rows(path, name, split):
-    """Rows of a file, a folder or a hub data set, as dicts. Numbers in text stay as written."""
+    """Rows of a file, a folder or a hub data set, as dicts; numbers in text stay as written."""
     file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
-    kind = file.suffix if file.is_file() else ""
+    kind = file.suffix[1:] if file.is_file() else ""
     with reading(f"data {path}"):
-        if kind in (".json", ".jsonl"):
+        if kind in ("json", "jsonl"):
             text = file.read_text(encoding="utf-8-sig").strip()
             if not text.startswith("["):  # a row a line
                 text = "[" + ",\n".join(text.split("\n")) + "]"
             return json.loads(text, parse_int=str, parse_float=str)
-        if kind == ".csv":
-            text = dict(dtype=str, keep_default_na=False)
-            return list(datasets.load_dataset("csv", data_files=str(file), split="train", **text))
-        if kind == ".parquet":
-            return list(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+        if kind in ("csv", "parquet"):
+            text = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+            return list(datasets.load_dataset(kind, data_files=str(file), split="train", **text))
         return list(datasets.load_dataset(str(path), name, split=split))
 
 def read_column(row, column):
     """row["prompt"][0]["content"] for prompt[0].content; None where there is no such place."""
     for key in re.findall(r"[^.\[\]]+", column):
-        if isinstance(row, list) and key.isdecimal() and int(key) < len(row):
-            row = row[int(key)]
-        else:
-            row = row.get(key) if isinstance(row, dict) else None
+        with suppress(LookupError, TypeError, ValueError):
+            row = row[int(key) if isinstance(row, list) else key]
+            continue
+        return None
     return row
-
-def accepted(answer):
-    """Accepted answers as texts, what follows #### if that is there; [] if none can be right."""
-    answers = answer if isinstance(answer, list) else [answer]
-    if any(isinstance(a, (dict, list)) for a in answers):
-        return []
-    texts = [str(a).rpartition("####")[2].strip() for a in answers if a is not None and a == a]
-    return [text for text in texts if text]
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Problems as dicts: problem, answer, prompt_ids, opening ("<think>" if the template wrote it).
@@ -883,7 +835,7 @@ def load_problems(tokenizer, config, path, split, least=1):
     """
     rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
     if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: each row must be an object with named fields")
+        raise UserError(f"{path}: every row must be an object with named fields")
     names, problems, skipped = {name: 0 for row in rows for name in row}, [], []
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
@@ -893,7 +845,10 @@ def load_problems(tokenizer, config, path, split, least=1):
     for number, row in enumerate(rows, 1):
         found = [read_column(row, column) for column in config.problem_column.split("+")]
         found = [value for value in found if value is not None]
-        answers = accepted(read_column(row, config.answer_column))
+        golds = read_column(row, config.answer_column)
+        golds = [str(gold).rpartition("####")[2].strip()  # GSM8K has its answers after ####
+                 for gold in (golds if isinstance(golds, list) else [golds])
+                 if gold is not None and gold == gold and not isinstance(gold, (dict, list))]
         with reading(f"{path}, row {number}"):
             chat = [{"role": "user", "content": "\n".join(map(str, found))}]
             if found and isinstance(found[0], list):  # the column holds messages
@@ -906,10 +861,10 @@ def load_problems(tokenizer, config, path, split, least=1):
                 text = tokenizer.apply_chat_template(
                     chat, add_generation_prompt=True, tokenize=False)  # writes BOS itself
             ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-        if problem.strip() and answers and len(ids) <= config.max_prompt_tokens:
+        if problem.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             opening = "<think>" if text.rstrip().endswith("<think>") else ""
-            answer = answers[0] if len(answers) == 1 else answers
-            problems.append(dict(problem=problem, answer=answer, prompt_ids=ids, opening=opening))
+            problems.append({"problem": problem, "answer": golds if golds[1:] else golds[0],
+                             "prompt_ids": ids, "opening": opening})
         else:
             skipped.append(number)
     if skipped:
@@ -944,20 +899,19 @@ class Run:
     Nothing else in it is touched. A lock on .lock gives it to one process at a time.
     """
 
-    FIXED = ("objective tau as_printed eps_low eps_high beta kl_ref kl_old prompts group_size "
-             "mini_batches temperature seed").split()  # what makes a run that run
+    FIXED = (*LOSS, "objective", "kl_ref", "kl_old", "prompts", "group_size", "mini_batches", "seed")
 
     def __init__(self, config):
         self.config, self.path, old = config, config.folder, read_run(config.folder)
-        if not old and self.path.exists() and set(os.listdir(self.path)) - {".lock"}:
-            raise UserError(f"{self.path} holds files but no run of real.py; choose a new or empty "
-                            "--output_dir")
-        if bool(old) != config.resume:
-            raise UserError(f"{self.path} holds a run already: --resume goes on with it" if old else
-                            f"{self.path} holds no run to resume: name it with --output_dir")
-        changed = [f"--{k} {old[k]}" for k in self.FIXED if old and old[k] != getattr(config, k)]
-        if changed:
-            raise UserError(f"{self.path} was started with {', '.join(changed)}, which must stay")
+        others = self.path.exists() and set(os.listdir(self.path)) - {".lock"}
+        changed = [f"--{k} {old.get(k)}" for k in self.FIXED if old.get(k) != getattr(config, k)]
+        for wrong, what in (
+                (others and not old, "holds files but no run of real.py; take a new --output_dir"),
+                (old and not config.resume, "holds a run already; --resume goes on with it"),
+                (config.resume and not old, "holds no run to resume; name it by --output_dir"),
+                (old and changed, f"was started with {', '.join(changed)}, which must stay")):
+            if wrong:
+                raise UserError(f"{self.path} {what}")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
@@ -968,7 +922,8 @@ class Run:
         self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
         if self.done >= config.steps:
             raise UserError(f"{self.path} has done {self.done} steps; set --steps above that")
-        self.problems, self.signal, self.not_finite = old.get("problems"), 0, 0
+        self.problems, self.told = old.get("problems"), set()
+        self.signal = self.skipped = self.unmixed = 0
 
     def __enter__(self):
         def stop(number, frame):
@@ -996,7 +951,7 @@ class Run:
             return None
         with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
             if not file.is_file():
-                raise ValueError("not a regular file")
+                raise ValueError("it is not a file")
             state = torch.load(file, map_location="cpu", weights_only=True)
             for i, (p, w) in enumerate(zip(model.parameters(), state["weights"], strict=True)):
                 moment = state["adam"]["state"].get(i, {"exp_avg": w})["exp_avg"]
@@ -1005,12 +960,17 @@ class Run:
                 p.data.copy_(w)
         return state["adam"]
 
+    def replace(self, name, text):
+        """Replace a file in one move: a kill leaves the old one or the new one."""
+        (self.path / ".part").write_text(text)
+        (self.path / ".part").replace(self.path / name)
+
     def start(self, model, problems):
         """Every input is read and right: from here on the folder is written."""
         fingerprint = zlib.crc32(json.dumps(problems).encode())
         if self.problems not in (None, fingerprint):
-            raise UserError(f"--dataset {self.config.dataset} holds other problems, or in another "
-                            "order, than when this run was started")
+            raise UserError(f"--dataset {self.config.dataset} holds other problems than when this "
+                            "run was started, or another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
         self.replace("config.json", json.dumps(settings, indent=2))
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
@@ -1019,36 +979,16 @@ class Run:
             lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done]
             self.replace(name, "".join(lines))
         weights, state = (model.num_parameters() * n / 1e9 for n in (model.own_dtype.itemsize, 12))
-        self.size = f"{weights:.3g} GB, and {state:.3g} GB more in the newest"
-        say(f"{self.config.objective} on {shown(self.config.model)}: {model.num_parameters():,} "
+        self.size = f"{weights:.2g} GB, and {state:.2g} GB more in the newest"
+        say(f"{self.config.objective} on {Path(self.config.model).name}: {model.num_parameters():,} "
             f"parameters on {model.device}, {len(problems):,} problems, {self.config.prompts} x "
-            f"{self.config.group_size} rollouts a step\n{self.config.keep} checkpoints of "
-            f"{self.size} will be kept in {self.path}")
-
-    def replace(self, name, text):
-        """Replace a file in one move: a kill leaves the old one or the new one."""
-        (self.path / ".part").write_text(text)
-        (self.path / ".part").replace(self.path / name)
-
-    def check(self, step, result):
-        """Count updates in a row whose loss or gradient was not finite; the third ends the run."""
-        finite = (result["loss"] + result["grad_norm"]).isfinite()
-        self.not_finite = 0 if finite else self.not_finite + 1
-        if not finite:
-            say(f"step {step}: loss {result['loss']:.3g}, gradient {result['grad_norm']:.3g}: "
-                "this update is skipped")
-        if self.not_finite == 3:
-            raise UserError(f"three updates in a row were not finite by step {step}; --resume with "
-                            "a lower --lr")
-
-    TABLE = {"step": "5.0f", "reward": "7.3f", "mixed": "6.2f", "cut_off": "8.2f", "entropy": "8.3f",
-             "response_length": "7.1f", "s_positive": "+9.4f", "s_negative": "+9.4f",
-             "max_weight": "7.3f", "seconds": "8.1f", "pass@1": "7.3f"}
+            f"{self.config.group_size} rollouts a step\n{self.path} will keep {self.config.keep} "
+            f"checkpoints of {self.size}")
 
     def steps(self):
-        """Step numbers under a progress bar, until the last one or a signal."""
-        for step in tqdm(range(self.done + 1, self.config.steps + 1), unit="step", initial=self.done,
-                         total=self.config.steps):
+        """Step numbers, under a progress bar, until the last one or a signal."""
+        for step in tqdm(range(self.done + 1, self.config.steps + 1), initial=self.done,
+                         total=self.config.steps, unit="step"):
             self.began = time.time()
             yield step
             if self.signal:
@@ -1056,23 +996,38 @@ class Run:
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
-        row = {"step": step, **row, "seconds": time.time() - self.began}
-        row = {k: float(v) for k, v in row.items()}
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
+        row = {"step": step} | {k: float(v) for k, v in row.items()}
+        row["seconds"] = time.time() - self.began
         problem, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
         sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
                   "texts": texts, "labels": labels.int().tolist()}
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
         for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if step % 20 == 1:
+        if step == self.done + 1 or step % 20 == 1:
             say(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
                 f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
                 "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
-        say(" ".join(f"{row[k]:{width}}" for k, width in self.TABLE.items() if k in row))
-        if step == self.done + 1:
-            left = (self.config.steps - step) * row["seconds"]
-            say(f"{left / 60:.0f} min")
+        say(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
+             "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
+             "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
+        self.unmixed = 0 if row["mixed"] else self.unmixed + 1
+        self.skipped = self.skipped + row["skipped"] if row["skipped"] else 0
+        end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
+        for key, condition, text in (
+                ("time", row["seconds"] > 20, f"A step takes {row['seconds'] / 60:.1f} min; "
+                 f"{self.config.steps} steps end about {time.strftime('%a %H:%M', end)}"),
+                ("cut", row["cut_off"] >= 0.5, "Half of the rollouts are cut off, so they count as "
+                 "wrong: raise --max_new_tokens"),
+                ("mixed", self.unmixed == 5, "Five steps without a group of right and wrong answers "
+                 "taught nothing: are problems too hard or too easy? Is --answer_column right?"),
+                ("skip", self.skipped, "An update that was not finite left the weights alone")):
+            if condition and key not in self.told:
+                self.told.add(key)
+                say(text)
+        if self.skipped >= 3:
+            raise UserError(f"three updates were not finite by step {step}: --resume with lower --lr")
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
@@ -1102,7 +1057,12 @@ class Run:
             shutil.rmtree(folder.rename(part))
 
     def finish(self):
-        """Draw the log and say what the run did and what comes next. Returns the log's last row."""
+        """Draw the log, say what the run did and how to go on. Returns the log's last row."""
+        folder = shlex.quote(os.path.abspath(self.path))
+        if self.signal:
+            print(f"Saved. Go on with: {shlex.quote(sys.executable)} {shlex.quote(__file__)} "
+                  f"--resume --output_dir {folder}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
@@ -1111,61 +1071,55 @@ class Run:
                       "length (tokens)": "response_length", "mean score": "s_positive s_negative"}
             for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
                 for key in keys.split():
-                    points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
                     axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
                 axis.set(title=title, xlabel="step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
-        real = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.abspath(__file__))}"
-        folder = shlex.quote(os.path.abspath(self.path))
-        if self.signal:
-            print(f"Saved. Go on with: {real} --output_dir {folder} --resume", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
-        if "pass@1" in rows[-1] and "pass@1_before" in rows[0]:
-            seconds = sum(r["seconds"] for r in rows)
-            say(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} in {seconds:.0f} s")
+        before, after = rows[0].get("pass@1_before"), rows[-1].get("pass@1")
+        if before is not None and after is not None:
+            seconds = sum(row["seconds"] for row in rows)
+            say(f"Pass@1 {before:.2f} -> {after:.2f} in {seconds:.0f} s of training")
         say(f"Log, samples, picture and checkpoints: {self.path}")
         return rows[-1]
 
 # ==== Command line ================================================================================
 
 def parse(argv=None):
-    """The configuration that a command line asks for: flags over a run's settings or a preset."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
+    """The configuration that a command line asks for: flags over a run's settings over a preset."""
     def read():
         return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"})
+
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
     args = parser.parse_args(argv)
     if not args.preset and not args.resume and {args.model, args.dataset} != {TINY}:
-        raise UserError("without --preset all settings are those of the embedded toy; another --model "
-                        f"or --dataset needs one of --preset {', '.join(PRESETS)}")
+        raise UserError("another --model or --dataset needs the settings of a --preset, one of "
+                        f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     if args.resume:
-        saved = read_run(read().folder)
-        settings = {f.name for f in fields(Config)} - {"resume"}
-        saved = {k: v for k, v in saved.items() if k in settings}
-        parser.set_defaults(**saved)
+        saved, known = read_run(read().folder), {f.name for f in fields(Config)} - {"resume"}
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
     return read()
 
 def main(argv=None):
     """Train as the command line says. Bad input ends in one line and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # any terminal can show any problem
     try:
-        train(parse(argv))
+        return train(parse(argv))
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         error = e
     except RuntimeError as e:
-        if "allocate" not in str(e):
+        if "allocate" not in str(e):  # CUDA: "Tried to allocate", CPU: "can't allocate memory"
             raise
-        frames = {f.name for f in traceback.extract_tb(e.__traceback__)}
-        error = "out of memory while " + (
-            "sampling; lower --slots or --max_new_tokens" if "sample" in frames else
-            "updating; lower --micro_batch_tokens or --max_new_tokens, or set --low_memory true")
-    except KeyboardInterrupt:
+        sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
+        error = "out of memory while " + ("sampling: lower --slots" if sampling else
+                                          "updating: lower --micro_batch_tokens or set --low_memory")
+    except KeyboardInterrupt:  # before the first step
         sys.exit(130)
-    else:
-        return
     print(f"real.py: error: {error}", file=sys.stderr)
     sys.exit(2)
 

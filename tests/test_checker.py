@@ -1,7 +1,12 @@
 """The answer checker: what it accepts, what it refuses, and that no input hurts it."""
 
 import doctest
+import inspect
+import json
+import re
 import time
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -18,64 +23,28 @@ def graded(reply: str, gold) -> bool:
 # both directions where both are values.
 SAME = [
     # ours: one number in many spellings
-    [
-        "5",
-        "$5$",
-        r"\text{5}",
-        "5.",
-        " 5 ",
-        "05",
-        "5.0",
-        "+5",
-        "10/2",
-        r"\frac{10}{2}",
-        r"\boxed{5}",
-        r"\mathbf{5}",
-        "{5}",
-    ],
-    ["-5", "−5", "- 5", "-5.00", r"-\frac{10}{2}", r"\frac{-10}{2}", r"\frac{10}{-2}"],
+    ["5", "$5$", r"\text{5}", "5.", " 5 ", "05", "5.0", "+5", "10/2", r"\frac{10}{2}",
+     r"\boxed{5}", r"\mathbf{5}", "{5}", r"\(5\)", r"5\$"],
+    ["-5", "−5", "–5", "- 5", "-5.00", r"-\frac{10}{2}", r"\frac{-10}{2}", r"\frac{10}{-2}"],
     ["10080", "10,080", "10{,}080", r"10\,080", r"10,\!080", "10080.0"],
     ["11111111100", r"11,\! 111,\! 111,\! 100", "11,111,111,100"],
-    [
-        r"\frac12",
-        "1/2",
-        "0.5",
-        ".5",
-        r"\dfrac{1}{2}",
-        r"\tfrac12",
-        r"\frac 1 2",
-        r"\frac{1}2",
-        r"\displaystyle\frac{1}{2}",
-    ],
+    [r"\frac12", "1/2", "0.5", ".5", r"\dfrac{1}{2}", r"\tfrac12", r"\frac 1 2", r"\frac{1}2",
+     r"\displaystyle\frac{1}{2}"],
     [r"2\frac{1}{2}", "5/2", "2.5", "2 1/2", r"2 \frac12", r"2\tfrac12"],
     [r"-2\frac{1}{2}", "-5/2", "-2 1/2"],
-    [
-        "4.5e33",
-        "4.5E33",
-        "4.5e+33",
-        r"4.5 \times 10^{33}",
-        r"4.5\cdot10^{33}",
-        "4.5×10^33",
-        "4.5 × 10³³",
-        "4.5 * 10**33",
-        "4.5 x 10^33",
-        r"45\times10^{32}",
-    ],
+    ["4.5e33", "4.5E33", "4.5e+33", r"4.5 \times 10^{33}", r"4.5\cdot10^{33}", "4.5×10^33",
+     "4.5 × 10³³", "4.5 * 10**33", "4.5 x 10^33", r"45\times10^{32}"],
     ["6.67e-11", r"6.67\times 10^{-11}", "6.67 × 10⁻¹¹", "6.67*10^-11"],
     ["1024", "2^{10}", "2^10", "4^5"],
-    [
-        r"2\sqrt{3}",
-        r"\sqrt{12}",
-        r"2\sqrt3",
-        r"2 \cdot \sqrt{3}",
-        "2sqrt(3)",
-        "2√3",
-        r"\frac{6}{\sqrt{3}}",
-        r"\sqrt3\cdot 2",
-    ],
-    [r"\frac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}", r"\frac12\sqrt3", r"\sqrt{3}/2", r"\frac{3}{2\sqrt3}"],
-    [r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}", r"(1+\sqrt5)/2", r"\frac{\sqrt{5}+1}{2}"],
-    [r"\frac{\pi}{2}", r"\pi/2", r"\frac12\pi", r"0.5\pi", r"\frac\pi2", "π/2"],
+    ["2^{1234567890}", "2¹²³⁴⁵⁶⁷⁸⁹⁰"],  # too large to be evaluated
+    [r"\begin{pmatrix}0.5 & 2\end{pmatrix}", r"\begin{bmatrix}\frac12&2\end{bmatrix}"],
+    [r"2\sqrt{3}", r"\sqrt{12}", r"2\sqrt3", r"2 \cdot \sqrt{3}", "2sqrt(3)", "2√3", "2·√3",
+     r"\frac{6}{\sqrt{3}}", r"\sqrt3\cdot 2"],
+    [r"\frac{\sqrt3}{2}", r"\sqrt{\frac{3}{4}}", r"\frac12\sqrt3", r"\sqrt{3}/2",
+     r"\frac{3}{2\sqrt3}"],
+    [r"\frac{1+\sqrt{5}}{2}", r"\frac12+\frac{\sqrt5}{2}", r"(1+\sqrt5)/2",
+     r"\frac{\sqrt{5}+1}{2}"],
+    [r"\frac{\pi}{2}", r"\pi/2", r"\frac12\pi", r"0.5\pi", r"\frac\pi2", "π/2", "pi/2"],
     [r"18+2\pi", r"2\pi+18", r"2(9+\pi)"],
     [r"1-\frac{1}{e}", "1-e^{-1}", r"\frac{e-1}{e}"],
     ["6+9i", "9i+6", "6 + 9 i"],
@@ -85,8 +54,10 @@ SAME = [
     # ours: structure
     ["(1,2)", "(1, 2)", r"\left(1,\,2\right)", r"(1,\ 2.0)"],
     ["(3,4]", r"\left(3, 4\right]"],
-    [r"(-\infty,2)\cup(3,\infty)", r"(3,+\infty)\cup(-\infty,2)", r"(-∞,2)∪(3,∞)"],
-    ["1,-2", "-2, 1", r"-2 \text{ and } 1", r"\{1,-2\}", "1 or -2", "-2; 1", r"x=1\text{ or }x=-2"],
+    [r"(-\infty,2)\cup(3,\infty)", r"(3,+\infty)\cup(-\infty,2)", r"(-∞,2)∪(3,∞)",
+     r"(-infty,2)\cup(3,infty)"],
+    ["1,-2", "-2, 1", r"-2 \text{ and } 1", r"\{1,-2\}", "1 or -2", "-2; 1",
+     r"x=1\text{ or }x=-2", r"x=1,\quad x=-2"],
     [r"1 \pm \sqrt{19}", r"1+\sqrt{19}, 1-\sqrt{19}", r"x = 1\pm\sqrt{19}", r"1 ± √19"],
     [r"\{1\pm\sqrt5,-2\}", r"\{-2, 1+\sqrt5, 1-\sqrt5\}"],
     [r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{bmatrix}0.2\\-3.6\\\end{bmatrix}"],
@@ -103,48 +74,49 @@ SAME = [
     ["10", "(9+1)", "x = 10", "10 = 10"],
     [r"[-1, -\frac{1}{2}) \cup (0, 1)", r"[-1, -\tfrac12) \cup (0, 1)"],
     ["12:00", "12:00"],
-    [r"x \geq 5", r"x \ge 5"],
+    # inequalities read in both directions
+    [r"x \geq 5", r"x \ge 5", "x >= 5", "x≥5", r"x\geqslant 5.0", r"5 \le x", r"5\leq x", "5 <= x"],
+    ["x > 5", "5 < x", r"\frac{10}{2} < x"],
+    [r"1 < x \le 5", r"5 \ge x > 1", "1<x<=5", r"1 < x \leqslant 5"],
+    [r"x \le 2 \text{ or } x \ge 5", "x >= 5, x <= 2"],
+    [r"x \neq 2", r"x \ne 2"],
+    # an exponent or an index of one symbol needs no braces
+    [r"\sin^2 x", r"\sin^{2} x", r"\sin^{2}x"],
+    [r"\theta^2+1", r"\theta^{2}+1"],
+    ["x^2y", "x^{2}y"],
+    ["2^n", "2^{n}"],
+    ["a^-1", "a^{-1}"],
+    [r"\log_2 5", r"\log_{2}5", r"\log_{2} 5"],
+    ["x_1+2", "2+x_{1}"],
+    # thousands with a space, tables as matrices, another union, a unit without its \text
+    ["1000", "1 000", r"1\ 000", "1~000", r"1\,000", "1 000.0"],
+    ["12345678", "12 345 678", "12,345,678"],
+    [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{array}{cc}1&2\\3&4\end{array}",
+     r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)",
+     r"\left[ \begin{array}{r|r} 1 & 2 \\ 3 & 4 \\ \end{array} \right]"],
+    [r"(1,2)\bigcup(3,4)", r"(1,2)\cup(3,4)", "(3,4)∪(1,2)"],
+    [r"(\pm 3, 0)", "(3,0),(-3,0)"],
+    ["1000x^2", "1,000x^2"],
+    ["(1,234)", "(1, 234)"],
     ["11", r"x\approx 11"],
     # in the style of the PRM800K grader: text answers, tuples, percent, commas in numbers
     [r"\text{even}", "even", r"\textbf{Even}", r"\mathrm{even}", "even."],
     [r"\text{no solution}", "no solution"],
-    [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}"],
+    [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}", r"(\text{B})"],
 ]
-ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says more, and the other way round
-    (
-        "5",
-        [
-            "x=5",
-            "f(2) = 5",
-            "AB + AC = 5",
-            r"\angle A = 5",
-            "2+3=5",
-            r"5\text{ cm}",
-            r"5\,\text{cm}",
-            "5 cm",
-            "5 km/h",
-            r"5\text{ m}",
-            r"5\text{ m/s}",
-            r"5\mathrm{~kg}",
-            "5 miles per hour",
-            r"\$5",
-            "5 dollars",
-            r"5^\circ",
-            r"5^{\circ}",
-            "5°",
-            "5 degrees",
-            r"5\%",
-            "5 percent",
-            "5 square units",
-        ],
-    ),
+ONE_WAY = [  # gold, replies: one of them may say more (a name, a unit) than the other
+    ("5",
+     ["x=5", "f(2) = 5", "AB + AC = 5", r"\angle A = 5", "2+3=5", r"5\text{ cm}",
+      r"5\,\text{cm}", "5 cm", "5 km/h", "5 kmh", r"5\text{ m}", r"5\text{ m/s}",
+      r"5\mathrm{~kg}", "5 miles per hour", r"\$5", "5 dollars", r"5^\circ", r"5^{\circ}",
+      "5°", "5 degrees", r"5\%", "5 percent", "5 square units"]),
     ("x=5", ["5", "5 = x"]),
     ("y = 2x + 3", ["2x+3", "3+2x = y"]),
     (r"x \in [-2,7]", ["[-2,7]"]),
     (r"15\mbox{ cm}^2", ["15", r"15\text{ cm}^{2}", r"15\,\mathrm{cm}^2"]),
     (r"\$32,\!348", ["32348", "32,348 dollars"]),
     (r"\frac{270}7\text{ degrees}", [r"\frac{270}{7}", r"\frac{270}{7}^\circ"]),
-    (r"28\%", ["28", "0.28", r"28 \%"]),
+    (r"28\%", ["28", "0.28", r"28 \%", "28%"]),
     ("36^\\circ", ["36", r"36\text{ degrees}"]),
     (142.0, ["142", "142.0"]),
     (142, ["142.0"]),
@@ -159,52 +131,13 @@ ONE_WAY = [  # gold, replies: a gold may be a bare value where the reply says mo
 ]
 WRONG = [  # gold, replies
     # hedges: two answers where the gold has one
-    (
-        "5",
-        [
-            "5 or 6",
-            r"5 \text{ or } 6",
-            "5 and 6",
-            "5, 6",
-            "5; 6",
-            r"\pm 5",
-            "5 6",
-            r"5\quad 6",
-            r"5 \\ 6",
-            "5 (or 6)",
-            "5) 6",
-            "5 = 6",
-            "6 = 5",
-            "x=5=6",
-            "x = 5, 6",
-            "x=5 or x=6",
-            "5 | 6",
-            r"5 \lor 6",
-            r"\{5,6\}",
-            "[5,6]",
-            "5 to 6",
-            "5-6",
-            r"5\text{ cm or }6\text{ cm}",
-            r"5\text{cm}6",
-            "5, 5",
-            "not 5",
-            "5?",
-            "5 ± 1",
-            r"5 \text{ or more}",
-            "> 5",
-            "x > 5",
-            r"5 \text{ million}",
-            "5x",
-            "2x = 5",
-            "",
-            " ",
-            r"\text{}",
-            "cm",
-            "five or 5",
-            r"5 \approx 6",
-            r"5\to 6",
-        ],
-    ),
+    ("5",
+     ["5 or 6", r"5 \text{ or } 6", "5 and 6", "5, 6", "5; 6", r"\pm 5", "5 6", r"5\quad 6",
+      r"5 \\ 6", "5 (or 6)", "5) 6", "5 = 6", "6 = 5", "x=5=6", "x = 5, 6", "x=5 or x=6",
+      "5 | 6", r"5 \lor 6", r"\{5,6\}", "[5,6]", "5 to 6", "5-6",
+      r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
+      r"5 \text{ or more}", "> 5", "x > 5", r"5 \text{ million}", "5x", "2x = 5", "", " ",
+      r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six"]),
     ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
     ("30", ["5 6", "5) 6"]),
     ("B", ["A or B", "A, B", "AB", "A"]),
@@ -240,6 +173,23 @@ WRONG = [  # gold, replies
     ("x=5, y=6", ["x=6, y=5", "5"]),
     (r"(0,9) \cup (9,36)", ["(0,9)", "(0,36)"]),
     (r"1\pm\sqrt{19}", [r"1+\sqrt{19}", r"\pm\sqrt{19}"]),
+    # inequalities, exponents and indices, choices, thousands, tables
+    (r"x \ge 5", ["x > 5", r"x \le 5", r"y \ge 5", "x >= 6", "5", "x = 5", r"5 \ge x",
+                  r"[5, \infty)"]),
+    ("5", [r"x \ge 5", "5 <= x", ">= 5", "x <= 5"]),
+    ("1 < x < 5", ["1 < x", "5 < x < 1", r"1 < x \le 5", "1 > x > 5"]),
+    ("x^{2}", ["x_{2}", "x_2", "x^3", "x2"]),
+    ("x^{12}", ["x^{1}2", "x_{12}"]),
+    ("x^{2y}", ["x^2y"]),
+    (r"\log_2 5", [r"\log_{25}", r"\log_5 2", r"\log^2 5"]),
+    (r"\text{(C)}", ["(D)", r"\text{(D)}", r"\text{(C) or (D)}", "(c)"]),
+    ("1000", ["1 0000", "1 00", "10 00", "1 000 0", "1, 000", r"1 \quad 000", "1 000 or 2"]),
+    ("1234567", ["1234 567", "1 234 56 7"]),
+    ("12", ["1 2"]),
+    ("1200", ["(1 200, 5)", "1, 200", "(1,200)", "[1,200]", r"\{1,200\}"]),
+    (r"\begin{array}{cc}1&2\\3&4\end{array}", [r"\begin{array}{cc}1&3\\2&4\end{array}", "1,2,3,4"]),
+    (r"(1,2)\bigcup(3,4)", [r"(1,2)\bigcap(3,4)", "(1,2),(3,4)"]),
+    ("103", [r"10^{}3"]),
     # algebra is not done, so that an echo of the question does not pay
     ("(x+1)(x+2)", ["x^2+3x+2"]),
     ("5x", ["2x+3x"]),
@@ -264,7 +214,9 @@ WRONG = [  # gold, replies
 
 @pytest.mark.parametrize("forms", SAME, ids=lambda forms: forms[0])
 def test_the_same_value_written_another_way(forms):
-    assert not [(a, b) for a in forms for b in (forms[0],) if not graded(a, b) or not graded(b, a) and "=" not in a]
+    gold = forms[0]
+    assert [form for form in forms if not graded(form, gold)] == []
+    assert [form for form in forms if "=" not in form and not graded(gold, form)] == []
 
 
 @pytest.mark.parametrize("gold, replies", ONE_WAY, ids=str)
@@ -340,22 +292,30 @@ HOSTILE = {
 }
 
 
+def seconds_of(work) -> float:
+    """The best of three, in processor time: others may hold the machine."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_input_ends_quickly(name):
+def test_hostile_input_costs_no_more_than_a_batch_of_answers(name):
+    """On any machine: 1,000 ordinary checks take longer than the worst input."""
+    ordinary = seconds_of(lambda: [graded(r"\frac{10}{2}", str(n)) for n in range(1000)])
     for gold in ("5", HOSTILE[name][7:-1]):
-        seconds = []
-        for _ in range(3):  # the best of three, in processor time: others may hold the machine
-            start = time.process_time()
-            accepted = is_correct(HOSTILE[name], gold)
-            seconds.append(time.process_time() - start)
-        assert min(seconds) < 0.05 and not (accepted and gold == "5")
+        assert seconds_of(lambda: is_correct(HOSTILE[name], gold)) < ordinary
+    assert not is_correct(HOSTILE[name], "5")
 
 
 PIECES = (
     r"\frac \sqrt \pi"
     r" \pm \cup \infty \text{ \boxed{ \{ \} \left( \right] \begin{pmatrix} \end{pmatrix} \\ &"
     r" { } ( ) [ ] , ; = ^ _ + - * / . 0 1 25 3.5 1e9 x ab or cm \% \$ $ ° ² − @ ¦ ⦃"
-    r" <think> </think> \! \, ! | 9"
+    r" <think> </think> \! \, ! | 9 < > \le \ge \bigcup \begin{array}{cc} \end{array} 000 \in"
 )
 LATEX = st.lists(st.sampled_from(PIECES.split() + [" "]), max_size=30).map("".join)
 NUMBER = st.one_of(
@@ -383,7 +343,7 @@ def test_never_raises_on_any_text(response, gold):
 
 
 @BOX
-@given(st.one_of(VALUE, st.text("abcxyz0123456789+-*/^(), .", min_size=1).filter(lambda text: text.strip(" .,;"))))
+@given(VALUE | st.text("abcxyz0123456789+-*/^(), .", min_size=1).filter(lambda t: t.strip(" .,;")))
 def test_every_answer_equals_itself(text):
     assert graded(text, text)
 
@@ -410,15 +370,13 @@ def test_formatting_changes_nothing(value):
         "x = %s",
     ]
     assert [form for form in forms if not graded(form % value, value)] == []
-    stretched = value.replace("(", r"\left( ").replace(")", r" \right)").replace(r"\frac", r"\dfrac")
-    assert graded(stretched, value)
+    stretched = value.replace("(", r"\left( ").replace(")", r" \right)")
+    assert graded(stretched.replace(r"\frac", r"\dfrac"), value)
 
 
 @BOX
 @given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6), st.integers(1, 999))
 def test_numbers_against_fractions(a, b, d):
-    from fractions import Fraction
-
     assert graded(rf"\frac{{{a}}}{{{d}}}", f"{b}/{d}") == (Fraction(a, d) == Fraction(b, d))
     assert graded(str(a), f"{b}.0") == (a == b) and not graded(f"{a} or {a + 1}", str(a))
 
@@ -430,17 +388,21 @@ def test_roots_against_their_squares(a, m, b, n):
 
 
 def test_committed_cases():
-    """The cases that compare_checkers.py generated: no false accept, and nearly every spelling is accepted."""
-    import json
-    from collections import defaultdict
-    from pathlib import Path
-
-    accepted = defaultdict(list)
+    """The cases that compare_checkers.py generated: each gets its verdict."""
+    wrong = []
     for line in (Path(__file__).with_name("compare_cases.jsonl")).open():
         case = json.loads(line)
-        accepted[case["kind"], case["expected"]].append(is_correct(case["response"], case["answer"]))
-    for (kind, expected), found in accepted.items():
-        assert sum(found) / len(found) >= 0.97 if expected else not any(found), kind
+        if is_correct(case["response"], case["answer"]) != bool(case["expected"]):
+            wrong.append((case["kind"], case["answer"], case["response"]))
+    assert wrong == []
+
+
+def test_each_rule_does_what_the_example_beside_it_says():
+    table = inspect.getsource(real).partition("RULES = [")[2].partition("\nNAME = ")[0]
+    examples = re.findall(r"  # (.+?) -> (.*)", table)
+    assert len(examples) == len(real.RULES) > 15
+    for (pattern, new), (before, after) in zip(real.RULES, examples):
+        assert pattern.sub(new, before).split() == after.split() != before.split(), before
 
 
 def test_the_examples_of_the_docstrings():
