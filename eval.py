@@ -197,7 +197,7 @@ def main(argv=None):
         for name in args.model:
             model, tokenizer = real.load_model(name)
             if torch.cuda.is_available():
-                model = model.to("cuda", torch.bfloat16)
+                model = real.round_weights(model).to("cuda")
             weights = sum(p.double().sum().item() for p in model.parameters())  # tells apart models of one name
             for benchmark in args.benchmarks:
                 slug = "--".join(re.sub(r"[^\w.-]+", "_", str(x)).strip("_.") for x in (name, benchmark))

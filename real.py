@@ -113,10 +113,7 @@ class Config:
             raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
-            kind = type(f.default) if f.default is not None else f.type
-            if value is not None and not isinstance(value, (kind, int) if kind is float else kind):
-                raise UserError(f"--{f.name} {value!r} is of the wrong type")
-            if isinstance(value, (int, float)) and f.type is not bool and not low <= value < high:
+            if type(value) in (int, float) and not low <= value < high:
                 raise UserError(f"--{f.name} {value} must be at least {low} and below {high}")
             if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
                 raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
@@ -125,18 +122,13 @@ class Config:
 
     @property
     def folder(self):
-        name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
-        return Path(self.output_dir or Path("runs") / name)
+        name = f"runs/{Path(self.model).name}-{self.objective}-seed{self.seed}"
+        return Path(self.output_dir or name)
 
     @property
     def objective_arguments(self):
         """Names of the objective's arguments: each is a field of Config or a key of the batch."""
         return inspect.signature(OBJECTIVES[self.objective]).parameters
-
-    @property
-    def needs_reference(self):
-        """Whether the loss looks at the starting model, then held as a second, frozen copy."""
-        return self.kl_ref > 0 or "ref_logp" in self.objective_arguments
 
 LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
@@ -209,21 +201,16 @@ def real_bce(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False):
     return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
 
 def clipped(s, labels, eps_low, eps_high):
-    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) for each token (Q, G, T), Sec. 2.1.
-
-    rho = e^s, and the advantage A = (r - mean) / std of each group, with the unbiased std.
-    """
-    r = labels.to(s.dtype)
-    advantage = (r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-6)
-    advantage = advantage[..., None]  # (Q, G, 1)
+    """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) of each token (Q, G, T); rho = e^s, and
+    the advantage A = (r - mean) / std of a group, unbiased std (Sec. 2.1)."""
+    r = labels.to(s.dtype)[..., None]  # (Q, G, 1)
+    advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
     rho = s.clamp(-20, 20).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 def k3(logp, other_logp, mask):
-    """Estimate of KL(pi || pi_other), per token: e^d - d - 1 >= 0 with d = log pi_other - log pi.
-
-    Unbiased for tokens that pi itself has drawn.
-    """
+    """KL(pi || pi_other), estimated per token: e^d - d - 1 >= 0 with d = log pi_other - log pi.
+    Unbiased for tokens that pi itself has drawn."""
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -290,14 +277,13 @@ def micro_batches(batch, rows, config):
 
     Those of a group stay neighbours, to share their prompt; groups of like length go together.
     """
-    G, lengths, parts = batch["labels"].shape[1], batch["lengths"].flatten().tolist(), [[]]
-    longest = batch["lengths"].amax(-1).tolist()
-    for row in sorted(rows, key=lambda row: (longest[row // G], row)):
-        width = max(lengths[i] for i in [*parts[-1], row])
-        if parts[-1] and (len(parts[-1]) + 1) * width > config.micro_batch_tokens:
+    longest, parts = batch["lengths"].amax(-1), []  # of each group
+    longest = longest.repeat_interleave(batch["lengths"].shape[1]).tolist()
+    for row in sorted(rows, key=lambda row: (longest[row], row)):
+        if not parts or (len(parts[-1]) + 1) * longest[row] > config.micro_batch_tokens:
             parts.append([])
         parts[-1].append(row)
-    return [sorted(part) for part in parts if part]
+    return parts
 
 def head_logprobs(hidden, targets, head, temperature):
     """Hidden states (n, H) and next tokens (n,) -> log-probabilities (n,), in fp32."""
@@ -318,32 +304,29 @@ def token_logprobs(model, batch, rows, config):
     """
     for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
         module.training = isinstance(module, GradientCheckpointingLayer)
-    G, T, device = *batch["mask"].shape[1:], batch["mask"].device
-    completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))  # (n, T)
-    question, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
-    prompts, repeats = [batch["prompts"][q] for q in question], repeats.to(device)
-    first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # it predicts token 0
-    first = first.repeat_interleave(repeats, 0)  # (n, 1)
+    (Q, G, T), device = batch["mask"].shape, batch["mask"].device
+    completions, mask = (batch[k].view(Q * G, T)[rows] for k in ("completions", "mask"))
+    prompts = [batch["prompts"][row // G] for row in rows]
     if config.low_memory:
-        count = mask.sum(-1, keepdim=True)
-        ids = pad_sequence([torch.cat([batch["prompts"][row // G], o[:n]])
-                            for row, o, n in zip(rows, completions, count)], batch_first=True)
-        column = torch.arange(ids.shape[1], device=device)
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]  # causal: padding is unseen
-        hidden = hidden[(column >= first) & (column < first + count)]  # (tokens, H)
+        ids = [torch.cat([q, o]) for q, o in zip(prompts, completions)]
+        hidden = model.base_model(  # causal: no token sees the padding on its right
+            input_ids=pad_sequence(ids, batch_first=True), use_cache=False)[0]
+        hidden = torch.stack([h[len(q) - 1 :][:T] for h, q in zip(hidden, prompts)])
     else:
-        ids = pad_sequence([q[:-1] for q in prompts], batch_first=True)
+        groups, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
+        ids = pad_sequence([batch["prompts"][g][:-1] for g in groups], batch_first=True)
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(repeats)
-        last = torch.stack([q[-1:] for q in prompts]).repeat_interleave(repeats, 0)  # (n, 1)
+        cache.batch_repeat_interleave(repeats.to(device))
+        last = torch.stack([q[-1:] for q in prompts])  # (n, 1): it predicts token 0
+        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # its position
         column = torch.arange(ids.shape[1] + T, device=device)
         hidden = model.base_model(
-            input_ids=torch.cat([last, completions[:, :-1]], 1), past_key_values=cache,
+            input_ids=torch.cat([last, completions[:, :-1]], 1), position_ids=first + column[:T],
             attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
-            position_ids=first + column[:T])[0][mask]  # (tokens, H)
+            past_key_values=cache)[0]
     head = model.get_output_embeddings()
     logp = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-            for h, o in zip(hidden.split(512), completions[mask].split(512))]
+            for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(logp))
 
 def all_logprobs(model, batch, config):
@@ -362,25 +345,24 @@ class Slots:
         self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
 
     def refill(self, model, active, prompts, G):
-        """Move the slots `active` to the front and read each new prompt once, into G slots more."""
+        """Move the slots `active` to the front and read each new prompt once, for G slots more."""
         for x in self.kv:
             x[: len(active), :, : self.width] = x[active, :, : self.width]
         if prompts:
-            ids = pad_sequence(prompts, batch_first=True)  # its padding is overwritten before seen
+            ids = pad_sequence(prompts, batch_first=True)  # padding is overwritten before seen
             layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
             read = [x for layer in layers for x in (layer.keys, layer.values)]
             self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
                                   for x in read]
             for x, new in zip(self.kv, read):
-                rows = slice(len(active), len(active) + len(prompts) * G)
-                x[rows, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
+                x[len(active) :][: len(ids) * G, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Each attention layer calls this: store a token's keys and values, return all of them."""
-        slot = torch.arange(len(self.at), device=keys.device)
-        for x, new in zip(self.kv[2 * layer :], (keys, values)):
-            x[slot, :, self.at] = new[:, :, 0]
-        return [x[: len(slot), :, : self.width] for x in self.kv[2 * layer : 2 * layer + 2]]
+        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
+        for x, new in zip(own, (keys, values)):
+            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
+        return [x[:n, :, : self.width] for x in own]
 
     def get_seq_length(self, *args):
         return 0
@@ -400,7 +382,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
-    side by side; when a quarter has ended, they make room for the next prompts.
+    side by side; when a quarter of them has ended, they make room for the next prompts.
     """
     model.eval()
     device, G, total = model.device, group_size, len(prompts) * group_size
@@ -411,7 +393,18 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
-    while True:
+    while waiting or len(rollout):
+        for _ in range(every if len(rollout) else 0):  # a token of all slots; place of a CUDA graph
+            cache.at, cache.width = at, min(cache.width + 1, cache.columns)
+            see = torch.arange(cache.width, device=device) <= at[:, None]
+            logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
+                           attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
+            token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
+            ids[rollout, t] = token  # ended slots write to the spare last row
+            done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
+            rollout = rollout.masked_fill(done, total)
+            t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
+        bar.update(every * len(rollout))
         active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
@@ -422,21 +415,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
-        if not len(rollout):
-            break
-        cache.width = int(at.max()) + 1
-        for _ in range(every):  # a token of every slot; here a CUDA graph would fit
-            cache.at = at
-            see = torch.arange(cache.width, device=device) <= at[:, None]
-            logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
-                           attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
-            token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
-            ids[rollout, t] = token  # ended slots write to the spare last row
-            t = t + 1
-            rollout = rollout.masked_fill(torch.isin(token, ends) | (t == max_new_tokens), total)
-            t, at = t.clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
-            cache.width = min(cache.width + 1, cache.columns)
-        bar.update(every * len(rollout))
+            cache.width = int(at.max()) if len(at) else 0
     bar.close()
     ended = torch.isin(ids[:total], ends)
     mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
@@ -456,10 +435,10 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
     texts        Q lists of G str                       ended      (Q, G) bool, False: cut off
     `train` adds old_logp, and ref_logp where the loss looks at it: (Q, G, T) float32.
     """
-    prompts = [torch.tensor(p["prompt_ids"], device=model.device) for p in problems]
-    ends = model.generation_config.eos_token_id
+    device, ends = model.device, model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    ends = torch.tensor(sorted(ends), device=model.device)
+    ends = torch.tensor(sorted(ends), device=device)
+    prompts = [torch.tensor(p["prompt_ids"], device=device) for p in problems]
     ids, mask = sample(model, prompts, group_size, ends, config.max_new_tokens, config.temperature,
                        top_p, config.slots)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
@@ -467,51 +446,18 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
     labels = [label(p, [p["opening"] + text for text in group])
               for p, group in zip(problems, texts)]
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
-            "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=ids.device),
-            "labels": torch.tensor(labels, dtype=torch.bool, device=ids.device), "texts": texts,
+            "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=device),
+            "labels": torch.tensor(labels, dtype=torch.bool, device=device), "texts": texts,
             "ended": (mask & torch.isin(ids, ends)).any(-1)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
     torch.manual_seed(config.seed)
+    problems = problems[: config.eval_limit]
     batch = rollouts(model, tokenizer, problems, config.eval_samples, config)
     return batch["labels"].float().mean().item()
 
 # ==== Update and training =========================================================================
-
-def round_weights(model):
-    """Weights to bf16. (critical) Not the buffers: rounded rotary phases are off by radians."""
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
-
-def make_optimizer(model, config):
-    """AdamW over fp32 weights: those of the model or, with low_memory, what it is rounded from.
-
-    At lr 2e-6 most updates are below the spacing of bf16 numbers: they have to gather in fp32. With
-    low_memory that happens on the CPU: gradients move there as soon as they exist, new weights come
-    back after each step.
-    """
-    weights = list(model.parameters())
-    if config.low_memory:
-        weights = [p.detach().cpu().requires_grad_() for p in weights]
-        round_weights(model)
-        model.gradient_checkpointing_enable()
-        transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
-                              pin_memory=torch.cuda.is_available())
-        home = dict(zip(model.parameters(), weights))
-
-        def move(p):
-            home[p].grad += transit[: p.numel()].view_as(p).copy_(p.grad)
-            p.grad = None
-
-        for p, w in home.items():
-            w.grad = torch.zeros_like(w)
-            p.register_post_accumulate_grad_hook(move)
-    optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
-        weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
-    if config.low_memory:
-        optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
-    return optimizer
 
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
@@ -537,17 +483,8 @@ def update(model, optimizer, batch, config):
     if rows and (loss + norm).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=not config.low_memory)
-    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W|: not the mean
+    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W|, not / Q
             "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
-
-def draw(problems, step, config):
-    """The questions of a step. Each pass over the data is a new order that the seed decides."""
-    chosen = []
-    for i in range((step - 1) * config.prompts, step * config.prompts):
-        epoch, k = divmod(i, len(problems))
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        chosen.append(problems[torch.randperm(len(problems), generator=order)[k]])
-    return chosen
 
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
@@ -561,21 +498,20 @@ def train(config, label=label_group):
         held_out = []
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
-            held_out = held_out[: config.eval_limit]
         check_model(model, problems + held_out, config)
-        adam = run.load(model)
         optimizer = make_optimizer(model.to(device), config)
-        if adam:
-            optimizer.load_state_dict(adam)
-        reference = load_model(config.model)[0].to(device) if config.needs_reference else None
-        if reference and config.low_memory:
-            round_weights(reference)
-        run.start(model, problems)
+        run.start(model, optimizer, problems)
+        reference = None  # the starting model, frozen
+        if config.kl_ref or "ref_logp" in config.objective_arguments:
+            reference = load_model(config.model)[0].to(device)
+            if config.low_memory:
+                round_weights(reference)
         row = {}
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)
 
-        for step in run.steps():  # line 3
+        for step in tqdm(range(run.done + 1, config.steps + 1), unit="step"):  # line 3
+            began = time.time()
             torch.manual_seed(config.seed * 1_000_003 + step)
             questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
             batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
@@ -596,28 +532,75 @@ def train(config, label=label_group):
             last = step == config.steps
             if held_out and (last or step % config.eval_every == 0):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
+            row["seconds"] = time.time() - began
             run.log(step, row, batch)
             if last or run.signal or step % config.save_every == 0:
                 run.save(step, model, tokenizer, optimizer)
+            if run.signal:
+                break
             row = {}
         return run.finish()  # line 13
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
+
+def draw(problems, step, config):
+    """The questions of a step. Each pass over the data is a new order that the seed decides."""
+    chosen = []
+    for i in range((step - 1) * config.prompts, step * config.prompts):
+        epoch, k = divmod(i, len(problems))
+        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        chosen.append(problems[torch.randperm(len(problems), generator=order)[k]])
+    return chosen
 
 def metrics(batch, parts, updates):
     """What a step did, as numbers; the README says what each means."""
     labels, mask = batch["labels"], batch["mask"]
     old_logp = torch.cat([part["old_logp"] for part in parts])
     s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
-    return {"loss": sum(u["loss"] for u in updates) / len(updates), "reward": labels.float().mean(),
+    loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
+    return {"loss": loss.mean(), "reward": labels.float().mean(),
             "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
             "cut_off": 1 - batch["ended"].float().mean(),
             "entropy": -old_logp[mask].mean(),  # an estimate: the tokens were drawn from pi_old
             "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
             "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
             "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
-            "spread_weight": weight.std(), "grad_norm": max(u["grad_norm"] for u in updates),
-            "skipped": sum(not (u["loss"] + u["grad_norm"]).isfinite() for u in updates)}
+            "spread_weight": weight.std(), "grad_norm": norm.max(),
+            "skipped": (~(loss + norm).isfinite()).sum()}
+
+def round_weights(model):
+    """Weights to bf16. (critical) Not the buffers: rounded rotary phases are off by radians."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+
+def make_optimizer(model, config):
+    """AdamW over fp32 weights: those of the model or, with low_memory, what it is rounded from.
+
+    At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
+    low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
+    after each step.
+    """
+    weights = list(model.parameters())
+    if config.low_memory:
+        weights = [p.detach().cpu().requires_grad_() for p in weights]
+        round_weights(model)
+        model.gradient_checkpointing_enable()
+        transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
+                              pin_memory=torch.cuda.is_available())
+        home = dict(zip(model.parameters(), weights))
+
+        def move(p):
+            home[p].grad += transit[: p.numel()].view_as(p).copy_(p.grad)
+            p.grad = None
+
+        for p, w in home.items():
+            w.grad = torch.zeros_like(w)
+            p.register_post_accumulate_grad_hook(move)
+    optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
+        weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    if config.low_memory:
+        optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
+    return optimizer
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
 # Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, tuple,
@@ -769,7 +752,7 @@ def reading(what):
         raise UserError(f"cannot use {what}: {cause.splitlines()[0]}") from e
 
 def load_model(name):
-    """A causal language model in fp32 and its tokenizer, from the hub or a folder, not its code."""
+    """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
@@ -781,28 +764,25 @@ def load_model(name):
     return model, tokenizer
 
 def check_model(model, problems, config):
-    """Refuse a model that would be sampled or trained wrongly; its own plain logits are the judge."""
+    """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     for name in ("max_position_embeddings", "sliding_window"):
-        limit = getattr(model.config, name, None)
-        if limit and limit < longest:
-            raise UserError(f"{name} of the model is {limit}, a prompt and its answer can have "
-                            f"{longest} tokens; lower --max_new_tokens")
+        if 0 < (getattr(model.config, name, 0) or 0) < longest:
+            raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
+                            "and --max_new_tokens take; lower the latter")
     prompts = [torch.tensor(problems[0]["prompt_ids"][:n]) for n in (12, 7)]
     with reading(f"model {config.model}"):
-        ids, mask = sample(model, prompts, 2, [-1], 4, 0)  # (2, 2, 4)
-        lengths = mask.sum(-1) + torch.tensor([[len(prompt)] for prompt in prompts])
-        batch = {"prompts": prompts, "completions": ids, "mask": mask, "lengths": lengths,
-                 "labels": mask[..., 0]}
+        ids, mask = sample(model, prompts, 2, [-1], 4, 0)  # greedy, (2, 2, 4)
+        batch = {"prompts": prompts, "completions": ids, "mask": mask, "labels": mask[..., 0],
+                 "lengths": mask.sum(-1) + torch.tensor([[12], [7]])}
         logp = all_logprobs(model, batch, config)
         for prompt, o, ours in zip(prompts, ids[:, 1], logp[:, 1]):
             logits = model.eval()(input_ids=torch.cat([prompt, o])[None]).logits[0, -5:-1]
             own = (logits / config.temperature).log_softmax(-1)  # (4, vocabulary)
             chosen = own.gather(-1, o[:, None])[:, 0]
-            error = torch.stack([chosen - ours, own.amax(-1) - chosen]).abs().max()  # greedy
+            error = torch.stack([chosen - ours, own.amax(-1) - chosen]).abs().max()
             if not error <= 2**-12 * (logits / config.temperature).abs().max():  # half of fp32
-                raise UserError(f"model {config.model} computes its logits in another way than "
-                                "Qwen and Llama do; here it would be trained wrongly")
+                raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def load_rows(path, name, split):
     """Rows of a file, a folder or a hub data set, as dicts; numbers in text stay as written."""
@@ -815,8 +795,8 @@ def load_rows(path, name, split):
                 text = "[" + ",\n".join(text.split("\n")) + "]"
             return json.loads(text, parse_int=str, parse_float=str)
         if kind in ("csv", "parquet"):
-            text = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
-            return list(datasets.load_dataset(kind, data_files=str(file), split="train", **text))
+            as_text = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+            return list(datasets.load_dataset(kind, data_files=str(file), split="train", **as_text))
         return list(datasets.load_dataset(str(path), name, split=split))
 
 def read_column(row, column):
@@ -840,19 +820,19 @@ def load_problems(tokenizer, config, path, split, least=1):
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
             if rows and re.split(r"[.\[]", column)[0] not in names:
-                raise UserError(f"{path} has no column {column}, only {', '.join(names)}; "
-                                f"set --{flag}")
+                raise UserError(f"{path}: no column {column} in {', '.join(names)}; set --{flag}")
     for number, row in enumerate(rows, 1):
         found = [read_column(row, column) for column in config.problem_column.split("+")]
-        found = [value for value in found if value is not None]
         golds = read_column(row, config.answer_column)
         golds = [str(gold).rpartition("####")[2].strip()  # GSM8K has its answers after ####
                  for gold in (golds if isinstance(golds, list) else [golds])
                  if gold is not None and gold == gold and not isinstance(gold, (dict, list))]
+        golds = [gold for gold in golds if gold]
         with reading(f"{path}, row {number}"):
-            chat = [{"role": "user", "content": "\n".join(map(str, found))}]
-            if found and isinstance(found[0], list):  # the column holds messages
-                chat = found[0]
+            chat = found[0]  # the column holds messages, or
+            if not isinstance(chat, list):
+                text = "\n".join(str(value) for value in found if value is not None)
+                chat = [{"role": "user", "content": text}]
             problem = text = chat[-1]["content"]
             if SUFFIX.strip() not in problem:  # some data sets hold it already
                 text = problem + SUFFIX
@@ -861,15 +841,15 @@ def load_problems(tokenizer, config, path, split, least=1):
                 text = tokenizer.apply_chat_template(
                     chat, add_generation_prompt=True, tokenize=False)  # writes BOS itself
             ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-        if problem.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
-            opening = "<think>" if text.rstrip().endswith("<think>") else ""
+        if problem.strip() and golds and len(ids) <= config.max_prompt_tokens:
             problems.append({"problem": problem, "answer": golds if golds[1:] else golds[0],
-                             "prompt_ids": ids, "opening": opening})
+                             "prompt_ids": ids,
+                             "opening": "<think>" * text.rstrip().endswith("<think>")})
         else:
             skipped.append(number)
     if skipped:
-        say(f"{path}: {len(skipped)} of {len(rows)} rows skipped (the first: row {skipped[0]}): no "
-            f"problem, no usable answer or over --max_prompt_tokens {config.max_prompt_tokens}")
+        say(f"{path}: {len(skipped)} of {len(rows)} rows skipped, the first is row {skipped[0]}: no "
+            "problem, no usable answer, or over --max_prompt_tokens")
     if len(problems) < least:
         raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed")
     return problems
@@ -886,12 +866,11 @@ def say(text):
         signal.raise_signal(signal.SIGTERM)
 
 def read_run(folder):
-    """The settings of the run in a folder; none if it holds no run of ours."""
+    """The config.json of a run of ours; an empty dict if the folder holds none."""
     file = folder / "config.json"
     with reading(file):
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-    ours = isinstance(settings, dict) and settings.pop("made_by", "") == "real.py"
-    return settings if ours else {}
+        found = json.loads(file.read_text()) if file.is_file() else {}
+    return found if isinstance(found, dict) and found.get("made_by") == "real.py" else {}
 
 class Run:
     """A run's folder: config.json, metrics.jsonl, samples.jsonl, metrics.png and checkpoint-NNNNNN.
@@ -899,31 +878,32 @@ class Run:
     Nothing else in it is touched. A lock on .lock gives it to one process at a time.
     """
 
-    FIXED = (*LOSS, "objective", "kl_ref", "kl_old", "prompts", "group_size", "mini_batches", "seed")
+    FIXED = (*LOSS, "objective", "kl_ref", "kl_old", "prompts", "group_size", "mini_batches",
+             "temperature", "seed")
 
     def __init__(self, config):
-        self.config, self.path, old = config, config.folder, read_run(config.folder)
+        self.config, self.path, self.old = config, config.folder, read_run(config.folder)
         others = self.path.exists() and set(os.listdir(self.path)) - {".lock"}
-        changed = [f"--{k} {old.get(k)}" for k in self.FIXED if old.get(k) != getattr(config, k)]
-        for wrong, what in (
-                (others and not old, "holds files but no run of real.py; take a new --output_dir"),
-                (old and not config.resume, "holds a run already; --resume goes on with it"),
-                (config.resume and not old, "holds no run to resume; name it by --output_dir"),
-                (old and changed, f"was started with {', '.join(changed)}, which must stay")):
-            if wrong:
-                raise UserError(f"{self.path} {what}")
+        changed = [f"--{k} {self.old.get(k)}" for k in self.FIXED
+                   if self.old.get(k) != getattr(config, k)]
+        self.refuse_if(others and not self.old, "holds files, but no run of real.py")
+        self.refuse_if(config.resume and not self.old, "holds no run to resume")
+        self.refuse_if(self.old and not config.resume, "holds a run already: --resume goes on")
+        self.refuse_if(self.old and changed, f"was started with {', '.join(changed)}; keep that")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
             self.lock.acquire(timeout=0)
-        except Timeout as e:
-            raise UserError(f"{self.path} is in use by another run") from e
+        except Timeout:
+            self.refuse_if(True, "is in use by another run")
         self.checkpoint = max(self.checkpoints(), default=None)
         self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
-        if self.done >= config.steps:
-            raise UserError(f"{self.path} has done {self.done} steps; set --steps above that")
-        self.problems, self.told = old.get("problems"), set()
-        self.signal = self.skipped = self.unmixed = 0
+        self.refuse_if(self.done >= config.steps, f"has done {self.done} steps; set more --steps")
+        self.signal, self.skipped, self.unmixed, self.told = 0, 0, 0, set()
+
+    def refuse_if(self, wrong, what):
+        if wrong:
+            raise UserError(f"--output_dir {self.path} {what}")
 
     def __enter__(self):
         def stop(number, frame):
@@ -932,72 +912,55 @@ class Run:
             self.signal = number
             print("\nStopping after this step. Once more to leave at once.", file=sys.stderr)
 
-        numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        self.before = {n: signal.signal(n, stop) for n in numbers if n}
+        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
+        self.handlers = {name: signal.signal(getattr(signal, name), stop) for name in names}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for name, handler in self.handlers.items():
+            signal.signal(getattr(signal, name), handler)
         self.lock.release()
 
     def checkpoints(self):
         return [p for p in self.path.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name)]
 
-    def load(self, model):
-        """Put the newest checkpoint's fp32 weights into the model; return AdamW's state or None."""
+    def start(self, model, optimizer, problems):
+        """Read the last input, the state of a checkpoint; from here on the folder is written."""
         file = (self.checkpoint or self.path) / "trainer.pt"
-        if not file.exists():
-            return None
-        with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
-            if not file.is_file():
-                raise ValueError("it is not a file")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for i, (p, w) in enumerate(zip(model.parameters(), state["weights"], strict=True)):
-                moment = state["adam"]["state"].get(i, {"exp_avg": w})["exp_avg"]
-                if not p.shape == w.shape == moment.shape:
-                    raise ValueError(f"weight {i} has another shape")
-                p.data.copy_(w)
-        return state["adam"]
-
-    def replace(self, name, text):
-        """Replace a file in one move: a kill leaves the old one or the new one."""
-        (self.path / ".part").write_text(text)
-        (self.path / ".part").replace(self.path / name)
-
-    def start(self, model, problems):
-        """Every input is read and right: from here on the folder is written."""
+        if file.exists():  # else a new run, or an older checkpoint: AdamW starts afresh
+            with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
+                if not file.is_file():
+                    raise ValueError("it is not a file")
+                state = torch.load(file, "cpu", weights_only=True)
+                optimizer.load_state_dict(state["adam"])
+                weights = optimizer.param_groups[0]["params"]
+                for p, w, saved in zip(model.parameters(), weights, state["weights"], strict=True):
+                    if not w.shape == saved.shape == optimizer.state[w].get("exp_avg", w).shape:
+                        raise ValueError("a weight has another shape")
+                    w.data.copy_(saved)
+                    p.data.copy_(w.data)
         fingerprint = zlib.crc32(json.dumps(problems).encode())
-        if self.problems not in (None, fingerprint):
-            raise UserError(f"--dataset {self.config.dataset} holds other problems than when this "
-                            "run was started, or another order")
+        self.refuse_if(self.old.get("problems", fingerprint) != fingerprint,
+                       "was started with other problems, or in another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
-        self.replace("config.json", json.dumps(settings, indent=2))
+        files = {"config.json": json.dumps(settings, indent=2)}
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
             file = self.path / name
             lines = file.read_text().splitlines(True) if file.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done]
-            self.replace(name, "".join(lines))
-        weights, state = (model.num_parameters() * n / 1e9 for n in (model.own_dtype.itemsize, 12))
-        self.size = f"{weights:.2g} GB, and {state:.2g} GB more in the newest"
-        say(f"{self.config.objective} on {Path(self.config.model).name}: {model.num_parameters():,} "
-            f"parameters on {model.device}, {len(problems):,} problems, {self.config.prompts} x "
-            f"{self.config.group_size} rollouts a step\n{self.path} will keep {self.config.keep} "
-            f"checkpoints of {self.size}")
-
-    def steps(self):
-        """Step numbers, under a progress bar, until the last one or a signal."""
-        for step in tqdm(range(self.done + 1, self.config.steps + 1), initial=self.done,
-                         total=self.config.steps, unit="step"):
-            self.began = time.time()
-            yield step
-            if self.signal:
-                return
+            files[name] = "".join(
+                x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done)
+        for name, text in files.items():  # in one move: a kill leaves the old one or the new one
+            (self.path / ".part").write_text(text)
+            (self.path / ".part").replace(self.path / name)
+        n, c = model.num_parameters(), self.config
+        self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
+        say(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
+            f"{len(problems):,} problems, {c.prompts} x {c.group_size} rollouts a step\n"
+            f"{self.path} will keep {c.keep} checkpoints ({self.size})")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
         row = {"step": step} | {k: float(v) for k, v in row.items()}
-        row["seconds"] = time.time() - self.began
         problem, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
         sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
                   "texts": texts, "labels": labels.int().tolist()}
@@ -1005,7 +968,7 @@ class Run:
         for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if step == self.done + 1 or step % 20 == 1:
+        if step % 20 == 1:
             say(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
                 f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
                 "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
@@ -1014,20 +977,18 @@ class Run:
              "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
         self.unmixed = 0 if row["mixed"] else self.unmixed + 1
         self.skipped = self.skipped + row["skipped"] if row["skipped"] else 0
-        end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
-        for key, condition, text in (
-                ("time", row["seconds"] > 20, f"A step takes {row['seconds'] / 60:.1f} min; "
-                 f"{self.config.steps} steps end about {time.strftime('%a %H:%M', end)}"),
-                ("cut", row["cut_off"] >= 0.5, "Half of the rollouts are cut off, so they count as "
-                 "wrong: raise --max_new_tokens"),
-                ("mixed", self.unmixed == 5, "Five steps without a group of right and wrong answers "
-                 "taught nothing: are problems too hard or too easy? Is --answer_column right?"),
-                ("skip", self.skipped, "An update that was not finite left the weights alone")):
-            if condition and key not in self.told:
-                self.told.add(key)
-                say(text)
+        end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
+        notes = {f"A step takes {row['seconds']:.0f} s, the last ends {end}": row["seconds"] > 20,
+                 "Half of the rollouts are cut off: raise --max_new_tokens": row["cut_off"] >= 0.5,
+                 "Five steps had no group of right and wrong answers, so they taught nothing: too "
+                 "hard or too easy problems, or the wrong --answer_column": self.unmixed == 5,
+                 "An update that was not finite left the weights alone": self.skipped}
+        for note, due in notes.items():
+            if due and note[:10] not in self.told:
+                say(note)
+                self.told.add(note[:10])
         if self.skipped >= 3:
-            raise UserError(f"three updates were not finite by step {step}: --resume with lower --lr")
+            raise UserError(f"step {step}: three updates not finite; --resume with a lower --lr")
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
@@ -1045,8 +1006,7 @@ class Run:
             part.rename(final)
         except Exception as e:
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"cannot save {final} ({self.size}): {str(e).splitlines()[0]}; the "
-                            "checkpoint before it is whole") from e
+            raise UserError(f"cannot save {final} ({self.size}): {e}; earlier ones are whole") from e
         finally:
             for p, data in zip(model.parameters(), live):
                 p.data = data
@@ -1057,36 +1017,34 @@ class Run:
             shutil.rmtree(folder.rename(part))
 
     def finish(self):
-        """Draw the log, say what the run did and how to go on. Returns the log's last row."""
-        folder = shlex.quote(os.path.abspath(self.path))
+        """Draw the log, say what the run did or how to go on. Returns the log's last row."""
         if self.signal:
-            print(f"Saved. Go on with: {shlex.quote(sys.executable)} {shlex.quote(__file__)} "
-                  f"--resume --output_dir {folder}", file=sys.stderr)
+            command = shlex.join([sys.executable, __file__, "--resume", "--output_dir",
+                                  str(self.path.absolute())])
+            print(f"Saved. Go on with: {command}", file=sys.stderr)
             raise SystemExit(128 + self.signal)
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
             figure = Figure(figsize=(13, 3), layout="constrained")
-            panels = {"share of rollouts": "reward pass@1", "entropy (nats a token)": "entropy",
-                      "length (tokens)": "response_length", "mean score": "s_positive s_negative"}
-            for axis, (title, keys) in zip(figure.subplots(1, 4), panels.items()):
+            for axis, keys in zip(figure.subplots(1, 4), (
+                    "reward pass@1", "entropy", "response_length", "s_positive s_negative")):
                 for key in keys.split():
                     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                    axis.plot(*zip(*points), "o--" if key == "pass@1" else "-", label=key)
-                axis.set(title=title, xlabel="step")
+                    axis.plot(*zip(*points), "o-" if key == "pass@1" else "-", label=key)
+                axis.set_xlabel("step")
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
-        before, after = rows[0].get("pass@1_before"), rows[-1].get("pass@1")
-        if before is not None and after is not None:
-            seconds = sum(row["seconds"] for row in rows)
-            say(f"Pass@1 {before:.2f} -> {after:.2f} in {seconds:.0f} s of training")
+        if "pass@1_before" in rows[0] and "pass@1" in rows[-1]:
+            say("Pass@1 {:.2f} -> {:.2f} in {:.0f} s".format(
+                rows[0]["pass@1_before"], rows[-1]["pass@1"], sum(row["seconds"] for row in rows)))
         say(f"Log, samples, picture and checkpoints: {self.path}")
         return rows[-1]
 
 # ==== Command line ================================================================================
 
 def parse(argv=None):
-    """The configuration that a command line asks for: flags over a run's settings over a preset."""
+    """The configuration a command line asks for: flags over a run's settings over a preset."""
     def read():
         return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"})
 
@@ -1097,10 +1055,11 @@ def parse(argv=None):
         raise UserError("another --model or --dataset needs the settings of a --preset, one of "
                         f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
-    if args.resume:
-        saved, known = read_run(read().folder), {f.name for f in fields(Config)} - {"resume"}
+    with reading("config.json"):  # edited by hand, perhaps
+        known = {f.name for f in fields(Config)} - {"resume"}
+        saved = read_run(read().folder) if args.resume else {}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-    return read()
+        return read()
 
 def main(argv=None):
     """Train as the command line says. Bad input ends in one line and exit code 2."""
@@ -1116,8 +1075,8 @@ def main(argv=None):
         if "allocate" not in str(e):  # CUDA: "Tried to allocate", CPU: "can't allocate memory"
             raise
         sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
-        error = "out of memory while " + ("sampling: lower --slots" if sampling else
-                                          "updating: lower --micro_batch_tokens or set --low_memory")
+        flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
+        error = f"out of memory while {'sampling' if sampling else 'updating'}: lower {flag}"
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
     print(f"real.py: error: {error}", file=sys.stderr)
