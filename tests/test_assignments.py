@@ -1,5 +1,6 @@
 """The assignments end to end: student copy, graders red on the stub and on wrong solutions, green on the reference."""
 
+import json
 import os
 import re
 import shutil
@@ -136,6 +137,48 @@ def test_pytest_grades_a_submission(course, monkeypatch):
     for name in graders.POINTS:
         with pytest.raises((NotImplementedError, real.UserError)):
             graders.test_exercise(name)
+
+
+def test_gradescope_grades_a_class(course, tmp_path):
+    """The zip built by its command, unpacked as Gradescope does, with a class of four submissions."""
+    command = [sys.executable, str(HERE / "gradescope.py")]
+    subprocess.run([*command, "autograder.zip"], cwd=tmp_path, check=True)
+    subprocess.run(["unzip", "-q", "autograder.zip", "-d", "source"], cwd=tmp_path, check=True)
+    for script in ("setup.sh", "run_autograder"):
+        assert os.access(tmp_path / "source" / script, os.X_OK)
+        subprocess.run(["bash", "-n", tmp_path / "source" / script], check=True)
+    _, misconception, old, new = next(wrong for wrong in WRONG if wrong[0] == 7)
+    reference = graders.SOURCE.read_text()
+    half = nbformat.reads(reference, 4)
+    for cell in half.cells:
+        if cell.metadata.get("nbgrader", {}).get("grade_id") == "ex7":
+            cell.source = cell.source.replace(old, new)
+    next(cell for cell in half.cells if cell.cell_type == "code").source = "raise SystemExit"  # locked: put back
+    half.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
+    stub = (course[0] / "release" / "real" / "real.ipynb").read_text()
+    total = sum(graders.POINTS.values())
+    for text, score in ((reference, total), (stub, 0),
+                        (nbformat.writes(half), total - graders.POINTS["ex7a"]),
+                        ("no notebook", 0)):
+        for folder in ("submission", "results"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+            (tmp_path / folder).mkdir()
+        (tmp_path / "submission" / "real.ipynb").write_text(text)
+        subprocess.run([tmp_path / "source" / "run_autograder"], check=True,
+                       env={**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable})
+        found = json.loads((tmp_path / "results" / "results.json").read_text())
+        assert found["score"] == score, found
+        if text == "no notebook":
+            assert "cannot be read" in found["output"]
+            continue
+        graded = [test for test in found["tests"] if "max_score" in test]
+        assert {test["name"]: test["max_score"] for test in graded} == graders.POINTS
+        assert {test["visibility"] for test in graded} == {"after_published"}
+        hidden = {cell[0].partition("HIDDEN TESTS")[2] for cell in graders.REFERENCE.values()}
+        for test in found["tests"]:  # what is shown at once quotes no hidden test
+            if test["visibility"] == "visible" and "Error: " in test["output"]:
+                message = test["output"].partition(": ")[2]
+                assert not any(message and message in text for text in hidden), message
 
 
 # ---- The ideas -----------------------------------------------------------------------------------
