@@ -20,6 +20,7 @@ Where the paper is in this file          Shapes
     Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
 
+import csv
 import inspect
 import json
 import math
@@ -36,11 +37,13 @@ import traceback
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # else threads wait busily for those of a busy core
 
 import datasets
 import torch
@@ -113,6 +116,9 @@ class Config:
             raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
+            kind = getattr(f.type, "__args__", (f.type,))[0]  # of float | None: float
+            if value != f.default and type(value) not in (kind, int if kind is float else kind):
+                raise UserError(f"--{f.name} {value!r} is no {kind.__name__}")
             if type(value) in (int, float) and not low <= value < high:
                 raise UserError(f"--{f.name} {value} must be at least {low} and below {high}")
             if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
@@ -132,7 +138,7 @@ class Config:
 
 LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
-    "seed": (0, 2**32), "group_size": (2, 1025), "beta2": (0, 1)}  # all others: above 0
+    "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
 
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
@@ -304,8 +310,10 @@ def token_logprobs(model, batch, rows, config):
     """
     for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
         module.training = isinstance(module, GradientCheckpointingLayer)
-    (Q, G, T), device = batch["mask"].shape, batch["mask"].device
-    completions, mask = (batch[k].view(Q * G, T)[rows] for k in ("completions", "mask"))
+    G, device = batch["mask"].shape[1], batch["mask"].device
+    completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
+    logp, T = torch.zeros(mask.shape, device=device), int(mask.sum(-1).max())  # T of these rows
+    completions, mask = completions[:, :T], mask[:, :T]
     prompts = [batch["prompts"][row // G] for row in rows]
     if config.low_memory:
         ids = [torch.cat([q, o]) for q, o in zip(prompts, completions)]
@@ -325,9 +333,9 @@ def token_logprobs(model, batch, rows, config):
             attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
             past_key_values=cache)[0]
     head = model.get_output_embeddings()
-    logp = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-            for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(logp))
+    chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
+              for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
+    return logp.masked_scatter(F.pad(mask, (0, logp.shape[1] - T)), torch.cat(chunks))
 
 def all_logprobs(model, batch, config):
     """log pi_theta of every rollout of a batch: (Q, G, T)."""
@@ -337,35 +345,6 @@ def all_logprobs(model, batch, config):
     return logp.view(batch["mask"].shape)
 
 # ==== Sampling ====================================================================================
-
-class Slots:
-    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
-
-    def __init__(self, slots, columns):
-        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
-
-    def refill(self, model, active, prompts, G):
-        """Move the slots `active` to the front and read each new prompt once, for G slots more."""
-        for x in self.kv:
-            x[: len(active), :, : self.width] = x[active, :, : self.width]
-        if prompts:
-            ids = pad_sequence(prompts, batch_first=True)  # padding is overwritten before seen
-            layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
-            read = [x for layer in layers for x in (layer.keys, layer.values)]
-            self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
-                                  for x in read]
-            for x, new in zip(self.kv, read):
-                x[len(active) :][: len(ids) * G, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """Each attention layer calls this: store a token's keys and values, return all of them."""
-        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
-        for x, new in zip(own, (keys, values)):
-            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
-        return [x[:n, :, : self.width] for x in own]
-
-    def get_seq_length(self, *args):
-        return 0
 
 def next_token(logits, temperature, top_p):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,). Temperature 0: argmax."""
@@ -405,6 +384,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             rollout = rollout.masked_fill(done, total)
             t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
         bar.update(every * len(rollout))
+        if len(rollout) and not logits.isfinite().all():
+            raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
         active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
@@ -498,7 +479,7 @@ def train(config, label=label_group):
         held_out = []
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
-        check_model(model, problems + held_out, config)
+        check_model(model, tokenizer, problems + held_out, config)
         optimizer = make_optimizer(model.to(device), config)
         run.start(model, optimizer, problems)
         reference = None  # the starting model, frozen
@@ -543,6 +524,35 @@ def train(config, label=label_group):
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
 
+class Slots:
+    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
+
+    def __init__(self, slots, columns):
+        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
+
+    def refill(self, model, active, prompts, G):
+        """Move the slots `active` to the front and read each new prompt once, for G slots more."""
+        for x in self.kv:
+            x[: len(active), :, : self.width] = x[active, :, : self.width]
+        if prompts:
+            ids = pad_sequence(prompts, batch_first=True)  # padding is overwritten before seen
+            layers = model.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+            read = [x for layer in layers for x in (layer.keys, layer.values)]
+            self.kv = self.kv or [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3])
+                                  for x in read]
+            for x, new in zip(self.kv, read):
+                x[len(active) :][: len(ids) * G, :, : ids.shape[1]] = new.repeat_interleave(G, 0)
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Each attention layer calls this: store a token's keys and values, return all of them."""
+        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
+        for x, new in zip(own, (keys, values)):
+            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
+        return [x[:n, :, : self.width] for x in own]
+
+    def get_seq_length(self, *args):
+        return 0
+
 def draw(problems, step, config):
     """The questions of a step. Each pass over the data is a new order that the seed decides."""
     chosen = []
@@ -584,7 +594,7 @@ def make_optimizer(model, config):
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
         round_weights(model)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())
         home = dict(zip(model.parameters(), weights))
@@ -753,35 +763,38 @@ def reading(what):
 
 def load_model(name):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
-    with reading(f"model {name}"):
+    advice = " (delete it to go on from the one before)" * Path(name).name.startswith("checkpoint-")
+    with reading(f"model {name}{advice}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False)
-        model.own_dtype = own or torch.float32  # checkpoints are saved in it
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+        if report["missing_keys"] or not own.is_floating_point:
+            raise ValueError(f"dtype {own}, missing weights: {sorted(report['missing_keys'])[:1]}")
         if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
-            raise UserError(f"the tokenizer of {name} loses spaces; update transformers (>= 5.8)")
+            raise ValueError("its tokenizer loses spaces; update transformers (>= 5.8)")
+    model.own_dtype = own  # checkpoints are saved in it
     return model, tokenizer
 
-def check_model(model, problems, config):
+def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     for name in ("max_position_embeddings", "sliding_window"):
         if 0 < (getattr(model.config, name, 0) or 0) < longest:
             raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
                             "and --max_new_tokens take; lower the latter")
-    prompts = [torch.tensor(problems[0]["prompt_ids"][:n]) for n in (12, 7)]
     with reading(f"model {config.model}"):
-        ids, mask = sample(model, prompts, 2, [-1], 4, 0)  # greedy, (2, 2, 4)
-        batch = {"prompts": prompts, "completions": ids, "mask": mask, "labels": mask[..., 0],
-                 "lengths": mask.sum(-1) + torch.tensor([[12], [7]])}
+        greedy = replace(config, max_new_tokens=4, temperature=1e-9)
+        batch = rollouts(model, tokenizer, problems[:2], 2, greedy, lambda q, texts: [0, 1])
         logp = all_logprobs(model, batch, config)
-        for prompt, o, ours in zip(prompts, ids[:, 1], logp[:, 1]):
-            logits = model.eval()(input_ids=torch.cat([prompt, o])[None]).logits[0, -5:-1]
-            own = (logits / config.temperature).log_softmax(-1)  # (4, vocabulary)
-            chosen = own.gather(-1, o[:, None])[:, 0]
-            error = torch.stack([chosen - ours, own.amax(-1) - chosen]).abs().max()
-            if not error <= 2**-12 * (logits / config.temperature).abs().max():  # half of fp32
+        for prompt, ids, mask, ours in zip(batch["prompts"], *(
+                x[:, 1] for x in (batch["completions"], batch["mask"], logp))):
+            logits = model.eval()(input_ids=torch.cat([prompt, ids])[None]).logits[0]
+            logits = logits[len(prompt) - 1 : -1][mask] / config.temperature  # (n, vocabulary)
+            own = logits.log_softmax(-1)
+            chosen = own.gather(-1, ids[mask][:, None])[:, 0]
+            error = torch.stack([chosen - ours[mask], own.amax(-1) - chosen]).abs().max()
+            if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
                 raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def load_rows(path, name, split):
@@ -794,9 +807,11 @@ def load_rows(path, name, split):
             if not text.startswith("["):  # a row a line
                 text = "[" + ",\n".join(text.split("\n")) + "]"
             return json.loads(text, parse_int=str, parse_float=str)
-        if kind in ("csv", "parquet"):
-            as_text = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
-            return list(datasets.load_dataset(kind, data_files=str(file), split="train", **as_text))
+        if kind == "csv":
+            with file.open(encoding="utf-8-sig", newline="") as table:
+                return list(csv.DictReader(table, strict=True))
+        if kind == "parquet":
+            return list(datasets.load_dataset(kind, data_files=str(file), split="train"))
         return list(datasets.load_dataset(str(path), name, split=split))
 
 def read_column(row, column):
@@ -814,8 +829,9 @@ def load_problems(tokenizer, config, path, split, least=1):
     A row without problem or usable answer, or over max_prompt_tokens, is skipped with a count.
     """
     rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: every row must be an object with named fields")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or None in row:
+            raise UserError(f"{path}, row {number}: its fields have no names")
     names, problems, skipped = {name: 0 for row in rows for name in row}, [], []
     for flag in ("problem_column", "answer_column"):
         for column in getattr(config, flag).split("+"):
@@ -833,7 +849,7 @@ def load_problems(tokenizer, config, path, split, least=1):
             if not isinstance(chat, list):
                 text = "\n".join(str(value) for value in found if value is not None)
                 chat = [{"role": "user", "content": text}]
-            problem = text = chat[-1]["content"]
+            problem = text = str(chat[-1]["content"])
             if SUFFIX.strip() not in problem:  # some data sets hold it already
                 text = problem + SUFFIX
             if tokenizer.chat_template:
@@ -848,22 +864,13 @@ def load_problems(tokenizer, config, path, split, least=1):
         else:
             skipped.append(number)
     if skipped:
-        say(f"{path}: {len(skipped)} of {len(rows)} rows skipped, the first is row {skipped[0]}: no "
-            "problem, no usable answer, or over --max_prompt_tokens")
+        tqdm.write(f"{path}: {len(skipped)} of {len(rows)} rows skipped, first row {skipped[0]}: "
+                   "no problem, no usable answer, or over --max_prompt_tokens")
     if len(problems) < least:
         raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed")
     return problems
 
 # ==== The run's folder ============================================================================
-
-def say(text):
-    """Print above the progress bar. If nobody reads on (`| head`), stop as after SIGTERM."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        signal.raise_signal(signal.SIGTERM)
 
 def read_run(folder):
     """The config.json of a run of ours; an empty dict if the folder holds none."""
@@ -883,23 +890,23 @@ class Run:
 
     def __init__(self, config):
         self.config, self.path, self.old = config, config.folder, read_run(config.folder)
-        others = self.path.exists() and set(os.listdir(self.path)) - {".lock"}
+        others = self.path.exists() and set(os.listdir(self.path)) - {".lock", ".part"}
         changed = [f"--{k} {self.old.get(k)}" for k in self.FIXED
                    if self.old.get(k) != getattr(config, k)]
         self.refuse_if(others and not self.old, "holds files, but no run of real.py")
         self.refuse_if(config.resume and not self.old, "holds no run to resume")
         self.refuse_if(self.old and not config.resume, "holds a run already: --resume goes on")
         self.refuse_if(self.old and changed, f"was started with {', '.join(changed)}; keep that")
+        self.checkpoint = max(self.checkpoints(), default=None)
+        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
+        self.refuse_if(self.done >= config.steps, f"has done {self.done} steps; set more --steps")
+        self.signal, self.skipped, self.unmixed, self.told = 0, 0, 0, set()
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock")
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
             self.refuse_if(True, "is in use by another run")
-        self.checkpoint = max(self.checkpoints(), default=None)
-        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
-        self.refuse_if(self.done >= config.steps, f"has done {self.done} steps; set more --steps")
-        self.signal, self.skipped, self.unmixed, self.told = 0, 0, 0, set()
 
     def refuse_if(self, wrong, what):
         if wrong:
@@ -907,7 +914,7 @@ class Run:
 
     def __enter__(self):
         def stop(number, frame):
-            if self.signal:
+            if self.signal == number:
                 os._exit(128 + number)
             self.signal = number
             print("\nStopping after this step. Once more to leave at once.", file=sys.stderr)
@@ -922,7 +929,8 @@ class Run:
         self.lock.release()
 
     def checkpoints(self):
-        return [p for p in self.path.iterdir() if re.fullmatch(r"checkpoint-\d{6}", p.name)]
+        found = self.path.glob("checkpoint-*")
+        return [path for path in found if re.fullmatch(r"checkpoint-\d{6}", path.name)]
 
     def start(self, model, optimizer, problems):
         """Read the last input, the state of a checkpoint; from here on the folder is written."""
@@ -932,10 +940,11 @@ class Run:
                 if not file.is_file():
                     raise ValueError("it is not a file")
                 state = torch.load(file, "cpu", weights_only=True)
-                optimizer.load_state_dict(state["adam"])
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["adam"]})
                 weights = optimizer.param_groups[0]["params"]
                 for p, w, saved in zip(model.parameters(), weights, state["weights"], strict=True):
-                    if not w.shape == saved.shape == optimizer.state[w].get("exp_avg", w).shape:
+                    adam = optimizer.state.get(w, {"exp_avg": w, "exp_avg_sq": w})
+                    if {saved.shape, adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {w.shape}:
                         raise ValueError("a weight has another shape")
                     w.data.copy_(saved)
                     p.data.copy_(w.data)
@@ -946,15 +955,16 @@ class Run:
         files = {"config.json": json.dumps(settings, indent=2)}
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
             file = self.path / name
-            lines = file.read_text().splitlines(True) if file.exists() else []
-            files[name] = "".join(
-                x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done)
+            with reading(file):
+                lines = file.read_text().splitlines(True) if file.exists() else []
+                files[name] = "".join(
+                    x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done)
         for name, text in files.items():  # in one move: a kill leaves the old one or the new one
             (self.path / ".part").write_text(text)
             (self.path / ".part").replace(self.path / name)
         n, c = model.num_parameters(), self.config
         self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
-        say(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
+        tqdm.write(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
             f"{len(problems):,} problems, {c.prompts} x {c.group_size} rollouts a step\n"
             f"{self.path} will keep {c.keep} checkpoints ({self.size})")
 
@@ -969,10 +979,10 @@ class Run:
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if step % 20 == 1:
-            say(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
+            tqdm.write(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
                 f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
                 "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
-        say(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
+        tqdm.write(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
              "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
              "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
         self.unmixed = 0 if row["mixed"] else self.unmixed + 1
@@ -985,7 +995,7 @@ class Run:
                  "An update that was not finite left the weights alone": self.skipped}
         for note, due in notes.items():
             if due and note[:10] not in self.told:
-                say(note)
+                tqdm.write(note)
                 self.told.add(note[:10])
         if self.skipped >= 3:
             raise UserError(f"step {step}: three updates not finite; --resume with a lower --lr")
@@ -994,36 +1004,35 @@ class Run:
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
-        live = [p.data for p in model.parameters()]
+        names = [name for name, _ in model.named_parameters()]
         try:
             shutil.rmtree(part, ignore_errors=True)
-            for p, w in zip(model.parameters(), weights):
-                p.data = w.to("cpu", model.own_dtype)
-            model.save_pretrained(part)
+            model.save_pretrained(part, state_dict={
+                name: w.to("cpu", model.own_dtype) for name, w in zip(names, weights)})
+            model.config.dtype = model.own_dtype
+            model.config.save_pretrained(part)
             tokenizer.save_pretrained(part)
-            torch.save({"weights": weights, "adam": optimizer.state_dict()}, part / "trainer.pt")
+            torch.save({"weights": weights, "adam": optimizer.state_dict()["state"]},
+                       part / "trainer.pt")
             getattr(os, "sync", int)()  # on the disk before it gets its name
             part.rename(final)
         except Exception as e:
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"cannot save {final} ({self.size}): {e}; earlier ones are whole") from e
-        finally:
-            for p, data in zip(model.parameters(), live):
-                p.data = data
+            raise UserError(f"cannot save {final} ({self.size}): {e}; the others are whole")
         older = sorted(self.checkpoints())[:-1]
         for folder in older:
             (folder / "trainer.pt").unlink(missing_ok=True)
-        for folder in older[: len(older) + 1 - self.config.keep]:
+        for folder in older[: max(0, len(older) + 1 - self.config.keep)]:
             shutil.rmtree(folder.rename(part))
 
     def finish(self):
         """Draw the log, say what the run did or how to go on. Returns the log's last row."""
-        if self.signal:
-            command = shlex.join([sys.executable, __file__, "--resume", "--output_dir",
-                                  str(self.path.absolute())])
-            print(f"Saved. Go on with: {command}", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+        if rows[-1]["step"] < self.config.steps:  # a signal
+            command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume",
+                                  "--output_dir", str(self.path)])
+            print(f"Saved. Go on with: cd {shlex.quote(os.getcwd())} && {command}", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
             figure = Figure(figsize=(13, 3), layout="constrained")
@@ -1036,9 +1045,9 @@ class Run:
                 axis.legend()
             figure.savefig(self.path / "metrics.png")
         if "pass@1_before" in rows[0] and "pass@1" in rows[-1]:
-            say("Pass@1 {:.2f} -> {:.2f} in {:.0f} s".format(
+            tqdm.write("Pass@1 {:.2f} -> {:.2f} in {:.0f} s".format(
                 rows[0]["pass@1_before"], rows[-1]["pass@1"], sum(row["seconds"] for row in rows)))
-        say(f"Log, samples, picture and checkpoints: {self.path}")
+        tqdm.write(f"Log, samples, picture and checkpoints: {self.path}")
         return rows[-1]
 
 # ==== Command line ================================================================================
@@ -1056,30 +1065,52 @@ def parse(argv=None):
                         f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     with reading("config.json"):  # edited by hand, perhaps
-        known = {f.name for f in fields(Config)} - {"resume"}
+        known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
         saved = read_run(read().folder) if args.resume else {}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
         return read()
+
+class Output:
+    """A stream of any encoding. Once nobody reads it (`| head`), stop as after SIGTERM."""
+
+    closed_early = False
+
+    def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.stream, first = open(os.devnull, "w"), not Output.closed_early
+            Output.closed_early = True
+            if first:
+                signal.raise_signal(signal.SIGTERM)
 
 def main(argv=None):
     """Train as the command line says. Bad input ends in one line and exit code 2."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # any terminal can show any problem
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         return train(parse(argv))
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         error = e
-    except RuntimeError as e:
-        if "allocate" not in str(e):  # CUDA: "Tried to allocate", CPU: "can't allocate memory"
+    except (RuntimeError, MemoryError) as e:
+        if "allocate" not in str(e) + "allocate" * isinstance(e, MemoryError):  # CUDA and CPU
             raise
         sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
         flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
         error = f"out of memory while {'sampling' if sampling else 'updating'}: lower {flag}"
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
-    print(f"real.py: error: {error}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    print(f"real.py: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ def test_roots_against_their_squares(a, m, b, n):
 def test_committed_cases():
     """The cases that compare_checkers.py generated: each gets its verdict."""
     wrong = []
-    for line in (Path(__file__).with_name("compare_cases.jsonl")).open():
+    for line in (Path(__file__).parent / "experiments" / "compare_cases.jsonl").open():
         case = json.loads(line)
         if is_correct(case["response"], case["answer"]) != bool(case["expected"]):
             wrong.append((case["kind"], case["answer"], case["response"]))

@@ -113,7 +113,7 @@ def test_outputs_are_committed_whole_and_without_errors():
 
 def test_the_readme_shows_a_figure_of_the_notebook():
     pictures = [base64.b64decode(o.data["image/png"]) for c in CODE for o in c.outputs if "image/png" in o.get("data", {})]
-    assert (ROOT / "tests" / "logs" / "one_group.png").read_bytes() in pictures
+    assert (ROOT / "tests" / "experiments" / "logs" / "one_group.png").read_bytes() in pictures
 
 
 @pytest.mark.notebook

@@ -1,351 +1,371 @@
-"""Log-probabilities, sampling, exact micro-batches and whole training runs on the embedded model."""
+"""An update, the optimizer, what a step logs, and whole runs by Algorithm 1."""
 
 import copy
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from toys import QUICK, ROUNDING, embedded, flat, made_up, plain_logprobs, sampled, tiny, toy
 from transformers import AutoModelForCausalLM
 
 import real
-from real import Config, OBJECTIVES
-from test_parallel import doubled, float64
+from real import OBJECTIVES, Config
 
-ROOT = Path(real.__file__).parent
-QUICK = Config(eval_every=0, steps=2, prompts=4, mini_batches=2, group_size=4)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    model, tokenizer = real.load_model(Config().model)
-    return model, tokenizer, real.load_problems(tokenizer, Config(), Config().dataset, "train")
+BOTH = pytest.mark.parametrize("low_memory", [False, True])
+FREE = replace(QUICK, grad_clip=1e9)  # no clipping
 
 
-@pytest.fixture(scope="module")
-def batch(tiny):
-    model, tokenizer, problems = tiny
-    torch.manual_seed(0)
-    batch = real.rollouts(model, tokenizer, problems[:4], 4, 48, 1.0)
-    batch["old_logp"], _ = real.all_logprobs(model, batch, QUICK)
-    batch["ref_logp"] = batch["old_logp"] - 0.01
-    return batch
+def moved(model, batch, config):
+    """The gradient that `update` hands to the optimizer: one step of SGD at learning rate 1."""
+    model = copy.deepcopy(model)
+    before = flat(model.parameters())
+    result = real.update(model, torch.optim.SGD(model.parameters(), 1.0), batch, config)
+    return before - flat(model.parameters()), result
 
 
-# ---- Log-probabilities ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature, short", [(1.0, real.SHORT), (0.6, real.SHORT), (1.0, 0)])
-def test_logprobs_match_the_plain_formula(tiny, batch, temperature, short, monkeypatch):
-    """Each rollout alone, full logits, log_softmax: the values and the gradients of every weight. Short sequences: all
-    rollouts of a question behind one prompt; else each behind its own."""
-    model, config = tiny[0], replace(QUICK, temperature=temperature)
-    monkeypatch.setattr(real, "SHORT", short)
-    sequences = []  # in each forward pass
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: sequences.append(len(kwargs["input_ids"])), with_kwargs=True)
-    logp, entropy = real.all_logprobs(model, batch, config)
-    hook.remove()
-    assert sum(sequences) == (4 if short else 16)
+def terms(model, batch, config):
+    """Sum over rollouts of the norm of their share of the gradient: what rounding is relative to."""
+    push = real.credit(real.all_logprobs(model, batch, config).detach(), batch, config)[1]
     total = 0.0
-    for q in range(4):
-        for g in range(4):
-            o = batch["completions"][q, g][batch["mask"][q, g]]
-            ids = torch.cat([batch["prompts"][q], o])[None]
-            full = (model(input_ids=ids).logits[0].double() / temperature).log_softmax(-1)
-            start = len(batch["prompts"][q]) - 1
-            plain = full[start : start + len(o)].gather(-1, o[:, None])[:, 0]
-            assert torch.allclose(logp[q, g][: len(o)].double(), plain, atol=1e-5)
-            h = -(full.exp() * full).sum(-1)[start : start + len(o)]
-            assert torch.allclose(entropy[q, g][: len(o)].double(), h, atol=1e-5)
-            total = total + plain.sum()
-    expected = torch.autograd.grad(total, list(model.parameters()))
-    real.token_logprobs(model, batch, list(range(16)), config)[0].sum().backward()
-    for p, e in zip(model.parameters(), expected):
-        assert torch.allclose(p.grad, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
-    model.zero_grad()
+    for row in range(12):
+        logp = real.token_logprobs(model, batch, [row], config)
+        shares = torch.autograd.grad((logp * push.view(12, -1)[row]).sum(), list(model.parameters()))
+        total += flat(shares).norm()
+    return total
 
 
-SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
-
-
-@pytest.mark.parametrize("architecture", [
-    transformers.Qwen2Config(**SIZES), transformers.Qwen3Config(**SIZES), transformers.LlamaConfig(**SIZES),
-    transformers.MistralConfig(**SIZES, sliding_window=8), transformers.Phi3Config(**SIZES, sliding_window=8, pad_token_id=0),
-    transformers.Gemma3TextConfig(**SIZES, sliding_window=8)], ids=lambda c: c.model_type)
-def test_logprobs_of_other_architectures(architecture):
-    """Attention of some layers to a window, too: where a tree of rollouts would be read wrongly, none is made."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32).eval()
-    mask = torch.arange(12) < torch.randint(1, 13, (2, 4, 1))
-    prompts = [torch.randint(1, 50, (n,)) for n in (9, 14)]
-    batch = {"prompts": prompts, "completions": torch.randint(1, 50, (2, 4, 12)), "mask": mask,
-             "lengths": mask.sum(-1) + torch.tensor([[9], [14]])}
-    logp, _ = real.all_logprobs(model, batch, QUICK)
-    for q in range(2):
-        for g in range(4):
-            o = batch["completions"][q, g][mask[q, g]]
-            full = model(input_ids=torch.cat([prompts[q], o])[None]).logits[0].log_softmax(-1)
-            assert torch.allclose(logp[q, g][mask[q, g]], full[len(prompts[q]) - 1 : -1].gather(-1, o[:, None])[:, 0], atol=1e-5)
-
-
-def test_s_bar_is_exactly_zero_before_the_first_update(tiny, batch):
-    again, _ = real.all_logprobs(tiny[0], batch, QUICK)
-    assert torch.equal(again, batch["old_logp"])
-
-
-# ---- Exact at any micro-batch size ------------------------------------------------------------------------------------
-
-
-def gradient(model, batch, config):
-    """The mini-batch gradient that `update` hands to the optimizer (before clipping: the limit is out of reach)."""
-    seen = {}
-
-    class Spy:
-        def step(self):
-            seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-
-    logp = batch["old_logp"] + 0.1 * torch.sin(torch.arange(batch["mask"].numel()).view(batch["mask"].shape))
-    real.update(model, model, Spy(), batch, config, torch.where(batch["mask"], logp, 0.0))
-    return seen
+# ---- Exact at any micro-batch size ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_gradient_does_not_depend_on_the_micro_batch(tiny, batch, objective):
-    assert real.is_mixed(batch["labels"]).any()
-    config = replace(QUICK, objective=objective, grad_clip=1e9, kl_old=0.01)
-    with float64():
-        model, batch = copy.deepcopy(tiny[0]).double(), doubled(batch)
-        whole, groups, single = (gradient(model, batch, replace(config, micro_batch_tokens=n)) for n in (10**6, 300, 1))
-    for n, g in whole.items():
-        assert g.abs().max() > 0
-        for other in (groups, single):
-            assert (g - other[n]).norm() <= 1e-6 * g.norm()  # nine RMSNorms round to fp32 by themselves, 1.2e-7 each
+@BOTH
+def test_an_update_is_exact_at_any_micro_batch_size(objective, low_memory):
+    """`credit` and the chain rule, in one pass, in pieces of groups, a rollout at a time: all are
+    plain autograd through model, objective and both KL terms at once."""
+    model = toy()
+    batch = made_up(model)
+    config = replace(FREE, objective=objective, kl_old=0.1, kl_ref=0.2, low_memory=low_memory)
+    logp = plain_logprobs(model, batch, 1.0)
+    given = {k: batch[k] for k in config.objective_arguments if k in batch}
+    loss = OBJECTIVES[objective](logp, **given)
+    for weight, other in ((0.1, "old_logp"), (0.2, "ref_logp")):
+        loss = loss + weight * real.kl(logp, batch[other], batch["mask"])
+    expected = flat(torch.autograd.grad(loss, list(model.parameters())))
+    bound = ROUNDING * terms(model, batch, config)
+    assert expected.norm() > 100 * bound
+    for tokens in (10**6, 60, 1):
+        found, result = moved(model, batch, replace(config, micro_batch_tokens=tokens))
+        assert (found - expected).norm() <= bound, tokens
+        assert abs(result["loss"] - loss) <= ROUNDING * (1 + abs(loss))
+        assert result["grad_norm"].item() == pytest.approx(found.norm().item(), rel=1e-9)
+
+
+def test_one_micro_batch_takes_one_pass_and_rollouts_without_credit_take_none():
+    model = toy()
+    batch, passes = made_up(model), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    for tokens, credit in ((10**6, 0), (1, 8)):  # the first group is all right
+        passes.clear()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+        real.update(model, optimizer, batch, replace(FREE, micro_batch_tokens=tokens))
+        assert len(passes) == (2 if tokens > 1 else 2 * (12 + credit))  # prompt, then completions
+
+
+# ---- When the weights move, and how far ----------------------------------------------------------
+
+
+def test_gradients_are_clipped():
+    model, batch = toy(), made_up(toy())
+    whole, result = moved(model, batch, FREE)
+    clipped, same = moved(model, batch, replace(FREE, grad_clip=0.01))
+    assert result["grad_norm"] == same["grad_norm"] > 0.1  # what is logged: before clipping
+    assert torch.allclose(clipped, whole * 0.01 / result["grad_norm"], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_step_gradient_is_the_gradient_of_the_loss(tiny, batch, objective):
-    """`credit` then the chain rule, against plain autograd through model and objective at once."""
-    model, config = tiny[0], replace(QUICK, objective=objective, grad_clip=1e9)
-    old = torch.where(batch["mask"], batch["old_logp"] - 0.2 * torch.rand(batch["mask"].shape), 0.0)
-    shifted = batch | {"old_logp": old}
-    logp = real.token_logprobs(model, shifted, list(range(16)), config)[0].view(old.shape)
-    loss = OBJECTIVES[objective](logp, old, batch["mask"], batch["labels"], ref_logp=batch["ref_logp"])
-    expected = torch.autograd.grad(loss, list(model.parameters()))
-    seen = []
-
-    class Spy:
-        def step(self):
-            seen.extend(p.grad.clone() for p in model.parameters())
-
-    result = real.update(model, model, Spy(), shifted, config)
-    assert result["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-    for g, e in zip(seen, expected):
-        assert (g - e).norm() <= 1e-4 * e.norm()
-
-
-def test_micro_batches_hold_every_row_once_and_keep_the_budget(monkeypatch):
-    lengths = [7, 3, 9, 1, 4, 20, 4, 2]
-    batch = {"lengths": torch.tensor(lengths).view(4, 2)}
-    for short, rows in ((0, range(8)), (512, range(8)), (0, [1, 4, 6])):
-        monkeypatch.setattr(real, "SHORT", short)
-        parts = real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=12))
-        assert sorted(sum(parts, [])) == list(rows) and all(p == sorted(p) for p in parts)
-        assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 12 for p in parts)
-        assert len(parts) < len(rows)
+@BOTH
+def test_groups_that_are_all_right_or_all_wrong_move_nothing(objective, low_memory):
+    """Not even AdamW's momentum or weight decay."""
+    model = toy(dtype=torch.float32)
+    batch = made_up(model)
+    config = replace(FREE, objective=objective, low_memory=low_memory, lr=1e-3)
+    optimizer = real.make_optimizer(model, config)
+    start = flat(model.parameters())
+    real.update(model, optimizer, batch, config)
+    before, state = flat(model.parameters()), copy.deepcopy(optimizer.state_dict())
+    assert not torch.equal(start, before)
+    uniform = batch | {"labels": torch.tensor([[True], [False], [True]]).expand(3, 4)}
+    with torch.no_grad():  # TRPA's own KL is 0 here
+        uniform["old_logp"] = real.all_logprobs(model, batch, config)
+    result = real.update(model, optimizer, uniform, config)
+    assert torch.equal(flat(model.parameters()), before) and result["grad_norm"] == 0
+    for i, moments in state["state"].items():
+        assert all(torch.equal(x, optimizer.state_dict()["state"][i][k]) for k, x in moments.items())
 
 
-def test_groups_stay_together_where_they_share_their_prompt():
-    batch = {"lengths": torch.tensor([[3, 9], [4, 8], [1, 2]])}
-    parts = real.micro_batches(batch, range(6), replace(QUICK, micro_batch_tokens=18))
-    assert parts == [[4, 5], [2, 3], [0, 1]]
+@BOTH
+@pytest.mark.parametrize("harm", ["old_logp", "weights"])
+@pytest.mark.parametrize("tokens", [10**6, 1])
+def test_a_number_that_is_not_finite_never_reaches_the_weights(low_memory, harm, tokens):
+    """And the next update is as if nothing had been."""
+    model = toy(dtype=torch.float32)
+    batch = made_up(model)
+    config = replace(FREE, low_memory=low_memory, micro_batch_tokens=tokens, lr=1e-3)
+    optimizer = real.make_optimizer(model, config)
+    before = flat(model.parameters())
+    if harm == "old_logp":
+        bad = batch | {"old_logp": batch["old_logp"].clone()}
+        bad["old_logp"][1, 0, 0] = math.nan
+        result = real.update(model, optimizer, bad, config)
+    else:  # a gradient that is not finite, from a loss that is
+        handle = model.get_output_embeddings().weight.register_hook(lambda grad: grad * math.inf)
+        result = real.update(model, optimizer, batch, config)
+        handle.remove()
+        assert result["loss"].isfinite()
+    assert not (result["loss"] + result["grad_norm"]).isfinite()
+    assert torch.equal(flat(model.parameters()), before) and not optimizer.state
+    fresh = toy(dtype=torch.float32)
+    real.update(fresh, real.make_optimizer(fresh, config), batch, config)
+    real.update(model, optimizer, batch, config)
+    assert torch.equal(flat(model.parameters()), flat(fresh.parameters()))
+    assert not torch.equal(flat(fresh.parameters()), before)
 
 
-# ---- Sampling ---------------------------------------------------------------------------------------------------------
+def test_an_update_makes_right_answers_likelier():
+    model, batch = tiny()[0], sampled()
+    optimizer = real.make_optimizer(model, Config(lr=1e-3))
+    real.update(model, optimizer, batch, QUICK)
+    mixed = real.is_mixed(batch["labels"])
+    s = real.update(model, optimizer, batch, QUICK)["s_bar"][mixed]
+    labels = batch["labels"][mixed]
+    assert len(labels) and s[labels].mean() > 0.01 > -0.01 > s[~labels].mean()
 
 
-def test_samples_follow_the_model(tiny):
-    """The frequencies of first tokens against the softmax, at two temperatures and with top-p."""
-    model, tokenizer, problems = tiny
-    prompt = torch.tensor(problems[0]["prompt_ids"])
-    logits = model(input_ids=prompt[None]).logits[0, -1].detach().double()
-    for temperature, top_p in [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7)]:
-        p = (logits / temperature).softmax(-1)
-        if top_p < 1:
-            order = p.argsort(descending=True)
-            kept = order[: int((p[order].cumsum(-1) < top_p).sum()) + 1]
-            p = torch.zeros_like(p).index_copy(0, kept, p[kept] / p[kept].sum())
-        torch.manual_seed(1)
-        ids, _ = real.sample(model, [prompt], 4000, [1], 1, temperature, top_p)
-        seen = torch.bincount(ids.flatten(), minlength=len(p)) / 4000
-        assert (seen - p).abs().max() < 5 * math.sqrt(0.25 / 4000)
-        assert not seen[p == 0].any()
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_the_weight_that_is_logged_is_equation_9(tau):
+    """Before the first update all scores are 0: C of Eq. 10 is the number of rollouts of the same
+    label, and W = 1 / tau / (1 + C), whatever the number of questions and of tokens."""
+    model = toy()
+    batch, config = made_up(model), replace(FREE, tau=tau)
+    with torch.no_grad():
+        batch["old_logp"] = real.all_logprobs(model, batch, config)
+    result = moved(model, batch, config)[1]
+    assert not result["s_bar"].any()
+    for labels, weights in zip(batch["labels"].tolist(), result["weight"].tolist()):
+        for label, weight in zip(labels, weights):
+            expected = 0 if all(labels) else 1 / tau / (1 + labels.count(label))
+            assert weight == pytest.approx(expected, rel=ROUNDING, abs=0)
 
 
-def test_greedy_samples_match_generate_and_masks_end_at_the_first_end_token(tiny):
-    """Prompts of different lengths in one batch, rollouts leaving it early: the tokens are those of `generate`."""
-    model, tokenizer, problems = tiny
-    short = sorted(problems[:50], key=lambda p: len(p["prompt_ids"]))
-    prompts = [torch.tensor(p["prompt_ids"]) for p in short[:2] + short[-2:]]
-    ids, mask = real.sample(model, prompts, 2, [tokenizer.eos_token_id], 48, 0)
-    for q, prompt in enumerate(prompts):
-        alone = model.generate(prompt[None], do_sample=False, max_new_tokens=48, pad_token_id=1)[0, len(prompt):]
-        assert torch.equal(ids[q, 0][mask[q, 0]], alone) and torch.equal(ids[q, 1], ids[q, 0])
-        assert (ids[q, 0][mask[q, 0]] == tokenizer.eos_token_id).sum() == (alone[-1] == tokenizer.eos_token_id)
+def test_two_threads_give_one_result_and_no_atomic_adds():
+    """Indexing with repeated indices adds atomically in its backward pass: in another order each
+    time that two threads meet."""
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(6):
+            gradients.append(moved(tiny()[0], sampled(), FREE)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
-# ---- Whole runs -------------------------------------------------------------------------------------------------------
+# ---- Low memory ----------------------------------------------------------------------------------
 
 
-def rows(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").open()]
+def hundred_steps(mode):
+    """100 AdamW updates at lr 2e-6 on gradients that bf16 holds exactly, in two pieces each."""
+    model = toy(dtype=torch.float32, initializer_range=0.02)
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    start, config = flat(model.parameters()), Config(lr=2e-6, low_memory=mode == "low memory")
+    if mode == "plain bf16":
+        real.round_weights(model)
+    optimizer = real.make_optimizer(model, config)
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        for _ in range(2):
+            loss = 0.0
+            for p in model.parameters():
+                push = (torch.randn(p.shape, generator=noise) + 0.5).bfloat16().to(p.dtype)
+                loss = loss + (p * push).float().sum()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not config.low_memory)
+    return start, flat(optimizer.param_groups[0]["params"]).float(), model
+
+
+def test_low_memory_learns_as_fp32_does_where_plain_bf16_does_not():
+    """fp32 weights behind bf16 ones: on equal gradients bit for bit what an fp32 run reaches."""
+    start, fp32, _ = hundred_steps("fp32")
+    _, low, model = hundred_steps("low memory")
+    _, plain, _ = hundred_steps("plain bf16")
+    assert torch.equal(low, fp32)
+    assert torch.equal(flat(model.parameters()), low.bfloat16())  # the model: the same, rounded
+    assert all(p.grad is None for p in model.parameters())
+    size = (fp32 - start).norm()
+    assert size > 0 and (plain - fp32).norm() > 0.5 * size
+
+
+def test_a_low_memory_update_is_nearly_the_fp32_one():
+    """Between them: weights and activations in bf16, so 8 bits through two layers."""
+    found = []
+    for low_memory in (False, True):
+        model = toy(dtype=torch.float32, initializer_range=0.1)
+        batch, config = made_up(model), replace(FREE, low_memory=low_memory)
+        optimizer = real.make_optimizer(model, config)
+        grads = []
+        optimizer.register_step_pre_hook(
+            lambda o, *_: grads.extend(p.grad.clone() for p in o.param_groups[0]["params"]))
+        real.update(model, optimizer, batch, config)
+        found.append(flat(grads))
+        assert not any(p.grad is not None and p.grad.any() for p in optimizer.param_groups[0]["params"])
+    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+
+
+# ---- What a step logs ----------------------------------------------------------------------------
+
+
+def test_metrics_are_what_they_are_called():
+    """Three groups by hand: all right, mixed, all wrong; a mini-batch of two and one of one."""
+    nan = math.nan
+    labels = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [1, 1, 1]]]).bool()
+    old_logp = torch.where(mask, torch.arange(-18.0, 0).view(3, 2, 3), nan)  # padding: not looked at
+    ended = torch.tensor([[1, 1], [0, 1], [1, 0]]).bool()
+    batch = {"labels": labels, "mask": mask, "ended": ended}
+    parts = [{"old_logp": old_logp[:2]}, {"old_logp": old_logp[2:]}]
+    s = torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.05, -0.5]])
+    weight = torch.tensor([[0.0, 0.0], [1.5, 0.5], [0.0, 1.0]])
+    updates = [{"loss": torch.tensor(x), "grad_norm": torch.tensor(norm), "s_bar": s[i], "weight": weight[i]}
+               for x, norm, i in ((1.0, 3.0, slice(0, 2)), (2.0, 7.0, slice(2, 3)))]
+    found = {k: float(v) for k, v in real.metrics(batch, parts, updates).items()}
+    entropy = -sum([-18, -17, -15, -12, -11, -10, -9, -8, -6, -3, -2, -1]) / 12
+    spread = math.sqrt(sum((w - 0.5) ** 2 for w in (0, 0, 1.5, 0.5, 0, 1.0)) / 5)
+    expected = {"loss": 1.5, "reward": 0.5, "solved": 1 / 3, "mixed": 1 / 3, "cut_off": 1 / 3,
+                "entropy": entropy, "response_length": 2.0, "s_positive": 0.2,
+                "s_negative": (-0.4 + 0.05 - 0.5) / 3, "s_abs_median": 0.2, "s_abs_90": 0.45,
+                "max_weight": 1.5, "spread_weight": spread, "grad_norm": 7.0, "skipped": 0}
+    assert found == pytest.approx(expected, rel=1e-6)  # fp32
+    labels[2, 0] = True  # one of three solved, two mixed
+    found = {k: float(v) for k, v in real.metrics(batch, parts, updates).items()}
+    assert (found["solved"], found["mixed"]) == pytest.approx((1 / 3, 2 / 3))
+    updates[0]["grad_norm"], updates[1]["loss"] = torch.tensor(math.inf), torch.tensor(nan)
+    assert real.metrics(batch, parts, updates)["skipped"] == 2
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
 def test_training_raises_the_reward_and_saves_a_hugging_face_model(tmp_path):
-    config = Config(steps=24, eval_every=24, eval_limit=64, eval_samples=4, output_dir=str(tmp_path / "run"))
+    config = Config(steps=20, lr=1e-4, warmup=4, eval_every=20, eval_limit=48, eval_samples=4,
+                    output_dir=str(tmp_path / "run"))
     last = real.train(config)
-    log = rows(tmp_path / "run")
-    assert [r["step"] for r in log] == list(range(1, 25))
-    assert all({"step", "loss", "reward", "entropy", "response_length"} <= r.keys() for r in log)
+    log = log_of(tmp_path / "run")
+    assert [row["step"] for row in log] == list(range(1, 21))
     assert last["pass@1"] > log[0]["pass@1_before"] + 0.1
-    assert sum(r["reward"] for r in log[-6:]) > sum(r["reward"] for r in log[:6]) + 0.6
-    assert max(r["max_weight"] for r in log) <= 1 / config.tau
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-000024").num_parameters() > 1e5
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["tau"] == 0.5
+    assert sum(row["reward"] for row in log[-5:]) > sum(row["reward"] for row in log[:5]) + 0.5
+    assert max(row["max_weight"] for row in log) <= 1 / config.tau
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-000020")
 
 
-@pytest.mark.parametrize("objective", ["grpo", "trpa", "gspo"])
-def test_other_objectives_train(tmp_path, objective):
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "real"])
+def test_every_objective_trains(tmp_path, objective):
     last = real.train(replace(QUICK, objective=objective, output_dir=str(tmp_path / "run")))
-    assert math.isfinite(last["loss"]) and last["grad_norm"] > 0
+    assert math.isfinite(last["loss"]) and last["grad_norm"] > 0 and last["skipped"] == 0
 
 
 def test_same_seed_same_metrics(tmp_path):
     logs = []
     for name in ("a", "b", "c"):
         real.train(replace(QUICK, seed=int(name == "c"), output_dir=str(tmp_path / name)))
-        logs.append([{k: v for k, v in r.items() if k != "seconds"} for r in rows(tmp_path / name)])
+        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in log_of(tmp_path / name)])
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch):
-    """What `train` hands to each update: questions, log-probabilities, reference, learning rate, weight decay."""
-    base, tokenizer = real.load_model(Config().model)
-    config = replace(QUICK, objective="grpo", steps=2, prompts=6, mini_batches=3, warmup=4, lr=1e-3, weight_decay=0.03,
-                     output_dir=str(tmp_path / "run"))
-    calls, update, at_start = [], real.update, []
+@BOTH
+def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch, low_memory):
+    """What `train` hands to each update: questions, log-probabilities, reference, learning rate."""
+    config = replace(QUICK, objective="grpo", kl_ref=0.001, prompts=6, mini_batches=3, warmup=4,
+                     lr=1e-3, weight_decay=0.03, beta2=0.9, micro_batch_tokens=300,
+                     low_memory=low_memory, output_dir=str(tmp_path / "run"))
+    calls, results, update = [], [], real.update
+    base, tokenizer, problems = tiny()
+    if low_memory:
+        real.round_weights(base)
 
-    def spy(model, master, optimizer, batch, config, logp=None):
-        if logp is not None:
-            at_start.append(copy.deepcopy(model))  # pi_old: the weights before the first update of a step
-        group = optimizer.param_groups[0]
-        calls.append((batch, logp is not None, group["lr"], group["weight_decay"], group["betas"]))
-        return update(model, master, optimizer, batch, config, logp)
+    def spy(model, optimizer, batch, config):
+        if len(calls) % 3 == 0:
+            calls.append((batch, optimizer.param_groups[0] | {}, copy.deepcopy(model)))  # pi_old
+        else:
+            calls.append((batch, optimizer.param_groups[0] | {}, calls[-1][2]))
+        results.append(update(model, optimizer, batch, config))
+        return results[-1]
 
     monkeypatch.setattr(real, "update", spy)
     real.train(config)
-    assert [first for _, first, *_ in calls] == [True, False, False] * 2
-    assert [lr for _, _, lr, *_ in calls] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
-    assert all(decay == 0.03 and betas == (0.9, 0.95) for *_, decay, betas in calls)
-    problems = real.load_problems(tokenizer, config, config.dataset, "train")
+    rates = [group["lr"] for _, group, _ in calls]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+    assert all(group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9) for _, group, _ in calls)
     for step in (1, 2):
         mine = [batch for batch, *_ in calls[3 * step - 3 : 3 * step]]
-        drawn = [p["problem"] for p in real.draw(problems, step, config)]
-        assert [p["problem"] for batch in mine for p in batch["problems"]] == drawn
-        for batch in mine:  # every mini-batch of a step is compared with the same old policy and the same reference
-            old, _ = real.all_logprobs(at_start[step - 1], batch, config)
-            reference, _ = real.all_logprobs(base, batch, config)
-            assert torch.allclose(batch["old_logp"], old, atol=1e-4)
-            assert torch.allclose(batch["ref_logp"], reference, atol=1e-4)
-            assert step == 1 or not torch.allclose(old, reference, atol=1e-3)
+        assert all(batch["mask"].shape[:2] == (2, 4) for batch in mine)
+        drawn = real.draw(problems, step, config)
+        assert [p for batch in mine for p in batch["problems"]] == drawn
+        assert [result["s_bar"].any().item() for result in results[3 * step - 3 :][:3]] == [
+            False, True, True]  # exactly 0 before the first update of a step, then not
+    with torch.no_grad():
+        for number, (batch, _, old) in enumerate(calls):  # one old policy a step, one reference
+            reference = real.all_logprobs(base, batch, config)
+            assert torch.equal(batch["old_logp"], real.all_logprobs(old, batch, config))
+            assert torch.equal(batch["ref_logp"], reference)
+            assert torch.equal(batch["old_logp"], reference) == (number < 3)
 
 
-def test_settings_reach_the_objective(batch):
-    logp = torch.where(batch["mask"], batch["old_logp"] + 0.3, 0.0)
-    for settings in ({"tau": 0.1}, {"tau": 1.0}, {"as_printed": True}):
-        expected = real.real(logp, batch["old_logp"], batch["mask"], batch["labels"], **settings)
-        assert real.credit(logp, batch, replace(QUICK, **settings))[0] == expected != real.credit(logp, batch, QUICK)[0]
+def test_questions_of_a_step_are_a_new_order_each_pass():
+    problems = list(range(10))
+    config = replace(QUICK, prompts=4)
+    drawn = [p for step in range(1, 6) for p in real.draw(problems, step, config)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == problems and drawn[:10] != drawn[10:]
+    assert real.draw(problems, 1, config) != real.draw(problems, 1, replace(config, seed=1))
 
 
-def test_gradients_are_clipped(tiny, batch):
-    norms = []
+def test_a_label_of_ones_own_trains(tmp_path):
+    """No answer has to be right for it: here long ones are."""
+    seen = []
 
-    class Spy:
-        def step(self):
-            norms.append(torch.cat([p.grad.flatten() for p in tiny[0].parameters()]).norm().item())
+    def longest(problem, texts):
+        seen.append((problem["problem"], len(texts)))
+        return [len(text) == max(map(len, texts)) for text in texts]
 
-    result = real.update(tiny[0], tiny[0], Spy(), batch, replace(QUICK, grad_clip=0.01), batch["old_logp"])
-    assert result["grad_norm"] > 0.1 and norms[0] == pytest.approx(0.01, rel=1e-3)
-
-
-def test_an_answer_without_the_end_of_thinking_is_wrong(tiny, monkeypatch):
-    """The prompt opens <think>, so a boxed answer that comes before </think> is not graded as an answer."""
-    model, tokenizer, problems = tiny
-    box = rf"\boxed{{{problems[0]['answer']}}}"
-    for text, right in ((box, False), (f"</think>{box}", True)):
-        monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, text=text, **k: text)
-        assert real.rollouts(model, tokenizer, problems[:1], 2, 4, 1.0)["labels"].tolist() == [[right, right]]
+    last = real.train(replace(QUICK, output_dir=str(tmp_path / "run")), longest)
+    assert len(seen) == 8 and all(n == 4 for _, n in seen) and last["reward"] >= 0.25
 
 
 def test_validation_sees_problems_that_training_does_not(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(real, "validate", lambda model, tokenizer, problems, config: seen.append(problems) or 0.5)
-    real.train(replace(QUICK, eval_every=1, eval_limit=100, steps=1, output_dir=str(tmp_path / "run")))
-    held_out, trained = ({json.loads(line)["problem"] for line in (ROOT / "tiny" / f"{split}.jsonl").open()}
-                         for split in ("test", "train"))
-    assert len(seen) == 2 and all(len(problems) == 100 for problems in seen)
-    assert {p["problem"] for p in seen[0]} <= held_out and not held_out & trained
+    monkeypatch.setattr(real, "validate", lambda *args: seen.append(args[2][:100]) or 0.5)
+    config = replace(QUICK, eval_every=1, steps=1, output_dir=str(tmp_path / "run"))
+    last = real.train(config)
+    trained = {problem["problem"] for problem in embedded()[2]}
+    held_out = {problem["problem"] for problem in seen[0]}
+    assert len(seen) == 2 and len(held_out) == 100 and not held_out & trained
+    assert last["pass@1"] == last["pass@1_before"] == 0.5
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_low_memory_runs_and_resumes(tmp_path, offload):
-    config = replace(QUICK, low_memory=True, offload_gradients=offload, save_every=1, output_dir=str(tmp_path / "a"))
-    real.train(config)
+@BOTH
+def test_a_run_that_goes_on_ends_where_a_whole_one_does(tmp_path, low_memory):
+    config = replace(QUICK, low_memory=low_memory, save_every=1)
+    real.train(replace(config, output_dir=str(tmp_path / "a")))
     real.train(replace(config, steps=1, output_dir=str(tmp_path / "b")))
     real.train(replace(config, resume=True, output_dir=str(tmp_path / "b")))
-    ends = [(tmp_path / name / "checkpoint-000002" / "model.safetensors").read_bytes() for name in "ab"]
-    assert ends[0] == ends[1]
-
-
-def test_low_memory_weights_learn_where_plain_bfloat16_does_not(tiny, batch, monkeypatch):
-    """100 updates at lr 2e-6 on the same gradients: the change of the weights against that of an fp32 run."""
-    changes = {}
-    for mode in ("fp32", "low memory", "low memory, gradients offloaded", "plain bfloat16"):
-        model = tiny[0].__class__.from_pretrained(Config().model, dtype=torch.float32)
-        live = copy.deepcopy(model).bfloat16() if mode != "fp32" else model
-        master = live if mode == "plain bfloat16" else model
-        config = replace(QUICK, low_memory=True, offload_gradients=True) if "offloaded" in mode else QUICK
-        if config.offload_gradients:
-            real.offload_gradients(live, master)
-        optimizer = torch.optim.AdamW(master.parameters(), 2e-6)
-        before = [p.detach().float().clone() for p in master.parameters()]
-        noise = torch.Generator().manual_seed(0)
-
-        def fake(model, batch, rows, config):
-            """Log-probabilities that depend linearly on the weights, so that every mode sees the same gradients."""
-            total = sum((p.float() * (torch.randn(p.shape, generator=noise) + 0.5)).sum() for p in model.parameters())
-            return total.expand(len(rows), batch["mask"].shape[-1]) * 1.0, None
-
-        monkeypatch.setattr(real, "token_logprobs", fake)
-        for _ in range(100):
-            real.update(live, master, optimizer, batch, config, batch["old_logp"])
-            assert not any(p.grad is not None for p in [*live.parameters(), *master.parameters()])
-        changes[mode] = torch.cat([(m.detach().float() - b).flatten() for m, b in zip(master.parameters(), before)])
-    size = changes["fp32"].norm()
-    error = {mode: ((change - changes["fp32"]).norm() / size).item() for mode, change in changes.items()}
-    print(error)
-    assert max(error["low memory"], error["low memory, gradients offloaded"]) < 0.02 and error["plain bfloat16"] > 0.5
-
-
-def test_the_benchmark_runs():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).with_name("benchmark.py"))
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    assert all(seconds > 0 and tokens > 1000 for seconds, tokens in benchmark.ours(1))
-    benchmark.card(0)
+    one, other = (torch.load(tmp_path / name / "checkpoint-000002" / "trainer.pt") for name in "ab")
+    assert torch.equal(flat(one["weights"]), flat(other["weights"]))
+    assert all(w.dtype == torch.float32 for w in one["weights"])

@@ -1,0 +1,273 @@
+"""Data: every row is a problem with an answer that can be right, or it is skipped and counted."""
+
+import csv
+import datetime
+import decimal
+import io
+import json
+import re
+import sys
+
+import datasets
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import real
+from common import QUICK, fails, one_line
+from real import Config, UserError
+
+NO_CSV = fails("datasets 5 takes no dtype for csv")
+CSV = pytest.param("csv", marks=NO_CSV)
+TOKENIZER = real.AutoTokenizer.from_pretrained(real.TINY)
+
+
+def load(rows, tmp_path, tokenizer=TOKENIZER, suffix="jsonl", **settings):
+    """Problems of rows (bytes: the file as it is)."""
+    file = tmp_path / f"data.{suffix}"
+    if isinstance(rows, list):
+        rows = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file.write_bytes(rows)
+    return real.load_problems(tokenizer, Config(**settings), str(file), "train")
+
+
+def refused(rows, tmp_path, **more):
+    with pytest.raises(UserError) as e:
+        load(rows, tmp_path, **more)
+    assert one_line(e.value) and "data." in str(e.value)
+    return str(e.value)
+
+
+GOOD = {"problem": "1+1", "answer": "2"}
+
+
+@pytest.mark.parametrize("answer", [
+    None, "", " ", [], [[]], [["2"]], {}, {"a": 2}, [{"a": 2}], float("nan"),
+    [None], [""], [float("nan")], "so #### ", "####"], ids=repr)
+def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_path, capsys):
+    rows = [GOOD, {"problem": "2+2", "answer": answer}, GOOD, {"problem": "3+3", "answer": answer}]
+    assert [p["problem"] for p in load(rows, tmp_path)] == ["1+1", "1+1"]
+    assert "2 of 4 rows skipped, the first is row 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("problem", [None, "", " \n"])
+def test_a_row_without_problem_is_skipped(problem, tmp_path, capsys):
+    assert len(load([GOOD, {"problem": problem, "answer": "2"}], tmp_path)) == 1
+    assert "1 of 2 rows skipped, the first is row 2" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_skipped(tmp_path, capsys):
+    assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
+    assert "the first is row 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written", [
+    "9223372036854775807", "9223372036854775808", "18446744073709551617", "1" + "0" * 400,
+    "0.10", "1.50", "12345678901234567.891", "-7", "1e3", "9" * 5000], ids=lambda x: x[:24])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", CSV])
+def test_numbers_stay_as_written(written, suffix, tmp_path):
+    row = f'{{"problem": "1+1", "answer": {written}}}'
+    text = {"jsonl": row, "json": f"[\n {row}\n]", "csv": f"problem,answer\n1+1,{written}\n"}
+    assert load(text[suffix].encode(), tmp_path, suffix=suffix)[0]["answer"] == written
+
+
+def test_dates_decimals_and_integers_of_parquet_stay_as_written(tmp_path):
+    values = {"d": datetime.date(2024, 1, 5), "x": decimal.Decimal("1.50"), "n": 2**63 - 1,
+              "b": True, "t": "007"}
+    file = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list([{"problem": "1+1", **values}]).to_parquet(file)
+    for column, value in values.items():
+        config = Config(answer_column=column)
+        answer = real.load_problems(TOKENIZER, config, file, "train")[0]["answer"]
+        assert answer == str(value)
+
+
+@pytest.mark.parametrize("answer, wanted", [
+    ("She has 3 * 4 = <<3*4=12>>12 eggs.\n#### 12", "12"), ("#### 1,000", "1,000"),
+    ("a #### 1 #### 2", "2"), ("7", "7"), (["#### 3", "4"], ["3", "4"]), (["5"], "5"),
+    ([None, "5", ""], "5"), (True, "True")])
+def test_the_answer_is_what_follows_the_hashes(answer, wanted, tmp_path):
+    assert load([{"problem": "1+1", "answer": answer}], tmp_path)[0]["answer"] == wanted
+
+
+def test_a_chat_as_problem_is_read_as_a_chat(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
+    found = load([{"prompt": chat, "answer": "2"}], tmp_path, problem_column="prompt")[0]
+    text = TOKENIZER.decode(found["prompt_ids"])
+    assert found["problem"] == "1+1" and text.count("1+1") == 1 and "role" not in text
+    assert text == TOKENIZER.apply_chat_template(
+        [chat[0], chat[1] | {"content": "1+1" + real.SUFFIX}], tokenize=False,
+        add_generation_prompt=True)
+    assert found["opening"] == "<think>"
+
+
+@pytest.mark.parametrize("chat", [
+    [], ["1+1"], [{"role": "user"}], [None], [[]], [{"role": "user", "content": None}],
+    *(pytest.param([{"content": content}], marks=fails("strip() of a list outside of `reading`"))
+      for content in ([real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
+def test_a_chat_that_is_none_is_one_line_or_skipped(chat, tmp_path):
+    rows = [GOOD | {"problem": "1+1"}, {"problem": chat, "answer": "2"}]
+    try:
+        assert len(load(rows, tmp_path)) == 1
+    except UserError as e:
+        assert one_line(e) and "row 2" in str(e)
+
+
+def test_the_instruction_is_not_added_twice(tmp_path):
+    found = load([GOOD | {"problem": "1+1" + real.SUFFIX}, GOOD], tmp_path)
+    assert found[0]["prompt_ids"] == found[1]["prompt_ids"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", CSV, "parquet"])
+def test_every_file_format_and_nested_columns(tmp_path, suffix):
+    rows = [{"q": f"{i}+1", "a": str(i + 1)} for i in range(3)]
+    if suffix != "csv":
+        rows = [row | {"extra": None, "prompt": [{"role": "user", "content": row["q"]}],
+                       "reward": {"truth": [row["a"]]}} for row in rows]
+    file = tmp_path / f"data.{suffix}"
+    data = datasets.Dataset.from_list(rows)
+    getattr(data, "to_" + suffix.removesuffix("l"))(str(file))
+    columns = [("q", "a")] + [("extra+prompt[0].content", "reward.truth[0]")] * (suffix != "csv")
+    for problem, answer in columns:
+        config = Config(problem_column=problem, answer_column=answer)
+        found = real.load_problems(TOKENIZER, config, str(file), "train")
+        assert [(p["problem"], p["answer"]) for p in found] == [
+            (f"{i}+1", str(i + 1)) for i in range(3)]
+
+
+def test_a_folder_holds_a_file_a_split(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(GOOD))
+    assert len(real.load_problems(TOKENIZER, Config(), str(tmp_path), "mine")) == 1
+    with pytest.raises(UserError) as e:
+        real.load_problems(TOKENIZER, Config(), str(tmp_path), "other")
+    assert one_line(e.value)
+
+
+BAD = {  # case: (bytes of a .jsonl file, words of the error)
+    "another column": (b'{"question": "1+1", "answer": "2"}', "no column problem in question"),
+    "broken JSON": (b'{"problem": "1+1", "answer": "2"}\n{"problem":\n', "line 2"),
+    "not UTF-8": ('{"problem": "é", "answer": "2"}'.encode("latin-1"), "codec"),
+    "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
+    "empty": (b"", "0 usable rows of 0"), "only blanks": (b"\n \n", "0 usable rows of 0"),
+    "no answers": (b'{"problem": "1+1", "answer": ""}', "0 usable rows of 1"),
+    "rows that are lists": (b"[1]\n", "every row must be an object"),
+    "rows that are texts": (b'"a"\n"b"', "every row must be an object"),
+    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "every row must be an object"),
+    "deep": (b"[" * 100_000, "recursion"), "a surrogate": (
+        b'{"problem": "\\ud800", "answer": "2"}', "row 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_line_that_names_the_file(case, tmp_path):
+    content, words = BAD[case]
+    assert words in refused(content, tmp_path)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ""), pytest.param(b"problem,answer\n", "0 usable rows", marks=NO_CSV),
+    pytest.param(b"problem;answer\n1;2\n", "no column", marks=NO_CSV),
+    (b"\xff\xfe\x00", ""), (b'problem,answer\n"1,2\n', "")])
+def test_bad_csv_is_one_line(content, words, tmp_path):
+    assert words in refused(content, tmp_path, suffix="csv")
+
+
+@NO_CSV
+@pytest.mark.parametrize("rows", [
+    [["1+1", "2"], ["2+2", "4", "extra"]], [["1+1", "2", "extra"], ["2+2", "4", "extra"]],
+    [["f(x, y)", "2"], ["1", "000", "3"]]])
+def test_a_csv_row_with_more_fields_than_the_header_is_named(rows, tmp_path):
+    """pandas takes the first column for an index where every row has one field too many."""
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["problem", "answer"], *rows])
+    with pytest.raises(UserError, match="(line|row) [23]") as e:
+        real.load_problems(TOKENIZER, Config(), str(tmp_path / "data.csv"), "train")
+    assert one_line(e.value)
+
+
+@NO_CSV
+def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
+    found = load(b'problem,answer\n"f(1, 2)\n=?","1,000"\n', tmp_path, suffix="csv")
+    assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
+
+
+def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text(3 * (json.dumps(GOOD) + "\n"))
+    monkeypatch.setattr(real, "sample", None)
+    with pytest.raises(UserError, match="3 usable rows of 3, 4 are needed"):
+        real.train(Config(dataset=str(tmp_path / "data.jsonl"), prompts=4, eval_every=0,
+                          output_dir=str(tmp_path / "run")))
+
+
+@fails("names of columns are printed as they are")
+def test_a_column_that_does_not_exist_prints_no_control_characters(tmp_path):
+    refused([{"\x1b[2Jquestion": "1+1", "a\nb": "2"}], tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["1+1", "#### 2", real.SUFFIX, "content", "role"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["content", "role", "a", real.SUFFIX.strip()]), inner, max_size=3),
+    max_leaves=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(json_values | st.fixed_dictionaries(
+    {"problem": json_values, "answer": json_values}), max_size=3))
+def test_no_row_raises_anything_but_one_line(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    try:
+        for problem in load(rows, folder):
+            answers = problem["answer"]
+            assert problem["problem"].strip() and problem["prompt_ids"] and answers
+            assert all(isinstance(a, str) and a.strip()
+                       for a in (answers if isinstance(answers, list) else [answers]))
+    except UserError as e:
+        assert str(e)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode),
+       suffix=st.sampled_from(["json", "jsonl"]))
+def test_no_file_raises_anything_but_one_line(tmp_path_factory, content, suffix):
+    with pytest.raises(UserError):
+        load(content, tmp_path_factory.mktemp("files"), suffix=suffix)
+
+
+@given(st.recursive(st.text(max_size=3), lambda x: st.lists(x) | st.dictionaries(st.text(), x)),
+       st.text(alphabet="a0123[].+٣²", max_size=9))
+def test_no_column_raises(row, column):
+    real.read_column({"a": row}, column)
+
+
+def test_a_number_without_end_in_a_column_is_no_traceback():
+    assert real.read_column({"a": ["x"]}, f"a[{'9' * 5000}]") is None
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 12), st.integers(0, 3), st.integers(1, 5))
+def test_each_pass_over_the_data_sees_every_problem_once(size, seed, prompts):
+    config = Config(prompts=prompts, mini_batches=1, seed=seed)
+    steps = range(1, 2 * size + 1)  # 2 * prompts passes
+    seen = [p["n"] for step in steps
+            for p in real.draw([{"n": i} for i in range(size)], step, config)]
+    passes = [seen[i : i + size] for i in range(0, len(seen), size)]
+    assert all(sorted(p) == list(range(size)) for p in passes)
+
+
+HOSTILE = {"problem": "1+1 \x1b[2J\x1b]0;owned\x07 é∑語\u202e", "answer": "2"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding, tmp_path,
+                                                                       monkeypatch):
+    (tmp_path / "dâta.jsonl").write_text(4 * (json.dumps(HOSTILE) + "\n"))
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    real.main([*QUICK, "--dataset", str(tmp_path / "dâta.jsonl"), "--steps",
+               "1", "--output_dir", str(tmp_path / "rün")])
+    out.flush()
+    said = out.buffer.getvalue().decode(encoding)
+    assert "1+1" in said and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", said)
+    sample = json.loads((tmp_path / "rün" / "samples.jsonl").read_text())
+    assert sample["problem"] == HOSTILE["problem"]
