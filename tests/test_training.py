@@ -217,7 +217,7 @@ def test_low_memory_learns_as_fp32_does_where_plain_bf16_does_not():
 
 
 def test_a_low_memory_update_is_nearly_the_fp32_one():
-    """Between them: weights and activations in bf16, so 8 bits through two layers."""
+    """Between them: weights and activations of 8 bits, rounded some eight times on their way."""
     found = []
     for low_memory in (False, True):
         model = toy(dtype=torch.float32, initializer_range=0.1)
@@ -230,7 +230,7 @@ def test_a_low_memory_update_is_nearly_the_fp32_one():
         found.append(flat(grads))
         left = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         assert not any(grad.any() for grad in left)
-    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+    assert (found[1] - found[0]).norm() < 8 * 2**-8 * found[0].norm()
 
 
 # ---- What a step logs ----------------------------------------------------------------------------
