@@ -76,10 +76,10 @@ def test_every_exercise_says_what_it_is():
     """Points and minutes in the heading, in the table and in the metadata are the same."""
     markdown = [cell.source for cell in nbformat.read(graders.SOURCE, 4).cells if cell.cell_type == "markdown"]
     rows = re.findall(r"^\| (\d) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE)
-    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 8))
+    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 10))
     readme = (HERE / "README.md").read_text()
     for number, title, points, minutes, compute in rows:
-        assert sum(p for name, p in graders.POINTS.items() if name[2] == number) == int(points)
+        assert sum(p for name, p in (graders.POINTS | graders.WRITTEN).items() if name[2] == number) == int(points)
         assert f"## {number}. {title} ({points} points, {minutes} min)" in "\n".join(markdown)
         assert f"| {number} | {title} | {points} | {minutes} min | {compute} |" in readme
 
@@ -88,6 +88,7 @@ def test_student_copy_holds_no_solution_and_is_red(course):
     student = course[0] / "release" / "real" / "real.ipynb"
     text, found = student.read_text(), graders.cells(student)
     assert "BEGIN SOLUTION" not in text and "HIDDEN TESTS" not in text
+    assert "Model answer" not in text and "Rubric" not in text and "YOUR ANSWER HERE" in text
     for name, (source, mark) in graders.REFERENCE.items():
         assert ("BEGIN SOLUTION" in source) == bool(mark.get("solution"))
         blank = r"\1# YOUR CODE HERE\n\1raise NotImplementedError()"

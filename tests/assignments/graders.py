@@ -30,6 +30,8 @@ def cells(path):
 
 REFERENCE = cells(SOURCE)
 POINTS = {name: mark["points"] for name, (_, mark) in REFERENCE.items() if mark.get("grade")}
+WRITTEN = {cell.metadata.nbgrader.grade_id: cell.metadata.nbgrader.points  # graded by a person
+           for cell in nbformat.read(SOURCE, 4).cells if cell.cell_type == "markdown" and cell.metadata.nbgrader.grade}
 
 
 def execute(source, name, variables):
