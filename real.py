@@ -594,7 +594,7 @@ def make_optimizer(model, config):
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
         round_weights(model)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())
         home = dict(zip(model.parameters(), weights))
@@ -784,6 +784,9 @@ def check_model(model, tokenizer, problems, config):
             raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
                             "and --max_new_tokens take; lower the latter")
     with reading(f"model {config.model}"):
+        known = model.get_input_embeddings().num_embeddings
+        if max(max(p["prompt_ids"]) for p in problems) >= known:
+            raise ValueError(f"its tokenizer has more tokens than its {known} embeddings")
         greedy = replace(config, max_new_tokens=4, temperature=1e-9)
         batch = rollouts(model, tokenizer, problems[:2], 2, greedy, lambda q, texts: [0, 1])
         logp = all_logprobs(model, batch, config)

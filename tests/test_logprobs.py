@@ -3,6 +3,8 @@
 import copy
 from dataclasses import replace
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -164,11 +166,12 @@ def test_low_memory_rounds_weights_and_no_buffer():
 
 # ---- The check at the start ----------------------------------------------------------------------
 
-PROBLEMS = [{"prompt_ids": list(range(2, 22))}]
+PROBLEMS = [{"prompt_ids": list(range(2, 2 + n)), "opening": ""} for n in (20, 13)]
+TOKENIZER = SimpleNamespace(eos_token_id=1, decode=lambda *args, **kwargs: "")
 
 
 def check(model, **settings):
-    real.check_model(model, PROBLEMS, Config(max_new_tokens=8, **settings))
+    real.check_model(model, TOKENIZER, PROBLEMS, Config(max_new_tokens=8, **settings))
 
 
 @pytest.mark.parametrize("architecture", MODELS, ids=lambda c: c.model_type)
