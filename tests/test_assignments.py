@@ -1,4 +1,5 @@
-"""The assignments end to end: student copy, graders red on the stub and on wrong solutions, green on the reference."""
+"""The assignments end to end: student copy, graders red on the stub and on wrong solutions, green
+on the reference."""
 
 import json
 import os
@@ -16,12 +17,14 @@ import real
 
 HERE = Path(__file__).resolve().parent / "assignments"
 sys.path.insert(0, str(HERE))
-import graders
-import ideas
-from wrong import WRONG
+import graders  # noqa: E402
+import ideas  # noqa: E402
+from wrong import WRONG  # noqa: E402
 
 EXERCISES = sorted({int(name[2]) for name in graders.POINTS})
-pytestmark = pytest.mark.filterwarnings("ignore:std")  # one wrong solution asks GRPO for the spread of one rollout
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:std"
+)  # one wrong solution asks GRPO for the spread of one rollout
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +37,33 @@ def untouched(monkeypatch):
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A course folder outside the repository, with the student copy generated in it; yields (folder, nbgrader)."""
+    """A course folder outside the repository, with the student copy generated in it; yields
+    (folder, nbgrader)."""
     folder = tmp_path_factory.mktemp("course")
     shutil.copy(HERE / "nbgrader_config.py", folder)
     shutil.copytree(HERE / "source", folder / "source")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by name
-    env = {"PATH": path, "JUPYTER_DATA_DIR": folder, "JUPYTER_RUNTIME_DIR": folder, "JUPYTER_CONFIG_DIR": folder,
-           "IPYTHONDIR": folder, "PYTHONPATH": HERE.parents[1]}
+    # nbgrader calls alembic by name
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {
+        "PATH": path,
+        "JUPYTER_DATA_DIR": folder,
+        "JUPYTER_RUNTIME_DIR": folder,
+        "JUPYTER_CONFIG_DIR": folder,
+        "IPYTHONDIR": folder,
+        "PYTHONPATH": HERE.parents[1],
+    }
 
     def nbgrader(*command):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, str(value))
-            done = subprocess.run([sys.executable, "-m", "nbgrader", *command], cwd=folder, capture_output=True,
-                                  text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "nbgrader", *command],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         assert done.returncode == 0, done.stdout + done.stderr
 
     nbgrader("generate_assignment", "real", "--force")
@@ -74,12 +90,20 @@ def test_reference_is_green():
 
 def test_every_exercise_says_what_it_is():
     """Points and minutes in the heading, in the table and in the metadata are the same."""
-    markdown = [cell.source for cell in nbformat.read(graders.SOURCE, 4).cells if cell.cell_type == "markdown"]
-    rows = re.findall(r"^\| (\d) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE)
-    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 8))
+    markdown = [
+        cell.source
+        for cell in nbformat.read(graders.SOURCE, 4).cells
+        if cell.cell_type == "markdown"
+    ]
+    rows = re.findall(
+        r"^\| (\d) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE
+    )
+    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 10))
     readme = (HERE / "README.md").read_text()
     for number, title, points, minutes, compute in rows:
-        assert sum(p for name, p in graders.POINTS.items() if name[2] == number) == int(points)
+        assert sum(
+            p for name, p in (graders.POINTS | graders.WRITTEN).items() if name[2] == number
+        ) == int(points)
         assert f"## {number}. {title} ({points} points, {minutes} min)" in "\n".join(markdown)
         assert f"| {number} | {title} | {points} | {minutes} min | {compute} |" in readme
 
@@ -88,6 +112,7 @@ def test_student_copy_holds_no_solution_and_is_red(course):
     student = course[0] / "release" / "real" / "real.ipynb"
     text, found = student.read_text(), graders.cells(student)
     assert "BEGIN SOLUTION" not in text and "HIDDEN TESTS" not in text
+    assert "Model answer" not in text and "Rubric" not in text and "YOUR ANSWER HERE" in text
     for name, (source, mark) in graders.REFERENCE.items():
         assert ("BEGIN SOLUTION" in source) == bool(mark.get("solution"))
         blank = r"\1# YOUR CODE HERE\n\1raise NotImplementedError()"
@@ -97,14 +122,21 @@ def test_student_copy_holds_no_solution_and_is_red(course):
     variables = graders.work(found)
     for exercise in EXERCISES:
         for name, error in verdicts(variables, exercise).items():
-            assert isinstance(error, (NotImplementedError, real.UserError)), (name, error)  # UserError: no dhpo
+            assert isinstance(error, (NotImplementedError, real.UserError)), (
+                name,
+                error,
+            )  # UserError: no dhpo
 
 
-@pytest.mark.parametrize("exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG])
+@pytest.mark.parametrize(
+    "exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG]
+)
 def test_wrong_solutions_are_red(exercise, misconception, old, new):
     source, mark = graders.REFERENCE[f"ex{exercise}"]
     assert source.count(old) == 1
-    variables = graders.work(graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)})
+    variables = graders.work(
+        graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)}
+    )
     errors = [e for e in verdicts(variables, exercise).values() if e]
     assert errors and all(isinstance(e, (AssertionError, real.UserError)) for e in errors), errors
 
@@ -114,7 +146,8 @@ def test_three_wrong_solutions_an_exercise():
 
 
 def test_nbgrader_gives_the_reference_all_points_and_the_stub_none(course):
-    """Through nbgrader itself, with kernels. The stub's author also emptied the tests, which nbgrader puts back."""
+    """Through nbgrader itself, with kernels. The stub's author also emptied the tests, which
+    nbgrader puts back."""
     from nbgrader.api import Gradebook
 
     folder, nbgrader = course
@@ -122,17 +155,23 @@ def test_nbgrader_gives_the_reference_all_points_and_the_stub_none(course):
         notebook = nbformat.read(folder / origin / "real" / "real.ipynb", 4)
         if student == "stub":
             for cell in notebook.cells:
-                cell.source = "pass" if cell.metadata.get("nbgrader", {}).get("grade") else cell.source
+                cell.source = (
+                    "pass" if cell.metadata.get("nbgrader", {}).get("grade") else cell.source
+                )
         (folder / "submitted" / student / "real").mkdir(parents=True)
         nbformat.write(notebook, folder / "submitted" / student / "real" / "real.ipynb")
     nbgrader("autograde", "real")
     with Gradebook(f"sqlite:///{folder}/gradebook.db") as book:
-        scores = {student: book.find_submission("real", student).score for student in ("reference", "stub")}
+        scores = {
+            student: book.find_submission("real", student).score
+            for student in ("reference", "stub")
+        }
         assert scores == {"reference": sum(graders.POINTS.values()), "stub": 0}
 
 
 def test_pytest_grades_a_submission(course, monkeypatch):
-    """The README's command, on the stub: every exercise fails; the reference passes in the test above."""
+    """The README's command, on the stub: every exercise fails; the reference passes in the test
+    above."""
     monkeypatch.setenv("SUBMISSION", str(course[0] / "release" / "real" / "real.ipynb"))
     for name in graders.POINTS:
         with pytest.raises((NotImplementedError, real.UserError)):
@@ -140,7 +179,8 @@ def test_pytest_grades_a_submission(course, monkeypatch):
 
 
 def test_gradescope_grades_a_class(course, tmp_path):
-    """The zip built by its command, unpacked as Gradescope does, with a class of four submissions."""
+    """The zip built by its command, unpacked as Gradescope does, with a class of four
+    submissions."""
     command = [sys.executable, str(HERE / "gradescope.py")]
     subprocess.run([*command, "autograder.zip"], cwd=tmp_path, check=True)
     subprocess.run(["unzip", "-q", "autograder.zip", "-d", "source"], cwd=tmp_path, check=True)
@@ -153,19 +193,27 @@ def test_gradescope_grades_a_class(course, tmp_path):
     for cell in half.cells:
         if cell.metadata.get("nbgrader", {}).get("grade_id") == "ex7":
             cell.source = cell.source.replace(old, new)
-    next(cell for cell in half.cells if cell.cell_type == "code").source = "raise SystemExit"  # locked: put back
+    next(
+        cell for cell in half.cells if cell.cell_type == "code"
+    ).source = "raise SystemExit"  # locked: put back
     half.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
     stub = (course[0] / "release" / "real" / "real.ipynb").read_text()
     total = sum(graders.POINTS.values())
-    for text, score in ((reference, total), (stub, 0),
-                        (nbformat.writes(half), total - graders.POINTS["ex7a"]),
-                        ("no notebook", 0)):
+    for text, score in (
+        (reference, total),
+        (stub, 0),
+        (nbformat.writes(half), total - graders.POINTS["ex7a"]),
+        ("no notebook", 0),
+    ):
         for folder in ("submission", "results"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
             (tmp_path / folder).mkdir()
         (tmp_path / "submission" / "real.ipynb").write_text(text)
-        subprocess.run([tmp_path / "source" / "run_autograder"], check=True,
-                       env={**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable})
+        subprocess.run(
+            [tmp_path / "source" / "run_autograder"],
+            check=True,
+            env={**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable},
+        )
         found = json.loads((tmp_path / "results" / "results.json").read_text())
         assert found["score"] == score, found
         if text == "no notebook":
@@ -189,7 +237,12 @@ def case():
     old = -torch.rand(3, 8, 6, dtype=torch.float64) * 3
     labels = torch.rand(3, 8) < 0.5
     labels[0] = True
-    return old + 0.3 * torch.randn_like(old), old, torch.arange(6) < torch.randint(1, 7, (3, 8, 1)), labels
+    return (
+        old + 0.3 * torch.randn_like(old),
+        old,
+        torch.arange(6) < torch.randint(1, 7, (3, 8, 1)),
+        labels,
+    )
 
 
 def test_ideas_pass_the_graders():
@@ -202,22 +255,35 @@ def test_ideas_pass_the_graders():
 
 def test_denoised_is_real_without_noise_and_weighs_by_bayes():
     logp, old, mask, labels = case()
-    assert torch.allclose(ideas.real_denoised(logp, old, mask, labels, rho=0.0), real.real(logp, old, mask, labels))
-    four = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]]).bool()  # half seem right, so half are: a label is true with 1 - rho
+    assert torch.allclose(
+        ideas.real_denoised(logp, old, mask, labels, rho=0.0), real.real(logp, old, mask, labels)
+    )
+    four = torch.tensor(
+        [[1, 1, 1, 1, 0, 0, 0, 0]]
+    ).bool()  # half seem right, so half are: a label is true with 1 - rho
     zeros = torch.zeros(1, 8, 1, dtype=torch.float64, requires_grad=True)
-    loss = ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), four, rho=0.2)
+    loss = ideas.real_denoised(
+        zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), four, rho=0.2
+    )
     push = torch.autograd.grad(loss, zeros)[0][0, :, 0]
-    expected = torch.tensor([-(0.8 - 0.2) / 5 / 0.5] * 4 + [(0.8 - 0.2) / 5 / 0.5] * 4, dtype=torch.float64)
+    expected = torch.tensor(
+        [-(0.8 - 0.2) / 5 / 0.5] * 4 + [(0.8 - 0.2) / 5 / 0.5] * 4, dtype=torch.float64
+    )
     assert torch.allclose(push, expected)
     one = torch.zeros(1, 8).bool()
     one[0, 0] = True  # one right of eight is what noise alone would make
-    assert ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), one, rho=0.2) == 0
+    assert (
+        ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), one, rho=0.2)
+        == 0
+    )
 
 
 def test_noise_flips_one_label_in_five():
     torch.manual_seed(0)
     texts = [r"\boxed{4}"] * 5000 + [r"\boxed{5}"] * 5000
-    flipped = sum(label != (i < 5000) for i, label in enumerate(ideas.noisy_label({"answer": "4"}, texts)))
+    flipped = sum(
+        label != (i < 5000) for i, label in enumerate(ideas.noisy_label({"answer": "4"}, texts))
+    )
     assert abs(flipped - 2000) < 5 * 40  # binomial: standard deviation 40
 
 
@@ -225,33 +291,68 @@ def test_the_end_is_lost():
     """The bug of exercise 5 leaves all tokens but the end their credit, and the end none."""
     real.OBJECTIVES |= ideas.OBJECTIVES
     end = ideas.end_token()
-    batch = {"old_logp": torch.zeros(1, 2, 3), "mask": torch.tensor([[[True, True, False], [True, True, True]]]),
-             "labels": torch.tensor([[True, False]]), "completions": torch.tensor([[[5, end, 0], [6, 7, end]]])}
+    batch = {
+        "old_logp": torch.zeros(1, 2, 3),
+        "mask": torch.tensor([[[True, True, False], [True, True, True]]]),
+        "labels": torch.tensor([[True, False]]),
+        "completions": torch.tensor([[[5, end, 0], [6, 7, end]]]),
+    }
     push = real.credit(torch.zeros(1, 2, 3), batch, real.Config(objective="end_token_lost"))[1]
     assert push.ne(0).tolist() == [[[True, False, False], [True, True, False]]]
 
 
 def test_every_idea_runs(tmp_path, monkeypatch):
-    """Two small steps of each, logged and read back; the one example is the first that the seed draws."""
+    """Two small steps of each, logged and read back; the one example is the first that the seed
+    draws."""
     seen = []
     monkeypatch.setattr(ideas.runlog, "LOGS", tmp_path)
-    monkeypatch.setattr(ideas, "BUDGET", {"steps": 2, "prompts": 4, "mini_batches": 2, "group_size": 2, "eval_every": 2,
-                                          "eval_limit": 4, "eval_samples": 2, "max_new_tokens": 16})
+    monkeypatch.setattr(
+        ideas,
+        "BUDGET",
+        {
+            "steps": 2,
+            "prompts": 4,
+            "mini_batches": 2,
+            "group_size": 2,
+            "eval_every": 2,
+            "eval_limit": 4,
+            "eval_samples": 2,
+            "max_new_tokens": 16,
+        },
+    )
     rollouts = real.rollouts
-    monkeypatch.setattr(real, "rollouts", lambda *args, **kw: seen.append(args[2]) or rollouts(*args, **kw))
+    monkeypatch.setattr(
+        real, "rollouts", lambda *args, **kw: seen.append(args[2]) or rollouts(*args, **kw)
+    )
     for name, (_, settings) in ideas.RUNS.items():
-        monkeypatch.setitem(ideas.RUNS, name, (ideas.RUNS[name][0], settings | {"steps": 2, "save_every": 1}))
+        monkeypatch.setitem(
+            ideas.RUNS, name, (ideas.RUNS[name][0], settings | {"steps": 2, "save_every": 1})
+        )
         seen.clear()
         ideas.run(name, 0)
         if name == "one example":
-            assert len({p["problem"] for step in seen if len(step) == 4 and step[0] not in seen[0] for p in step}) == 1
+            assert (
+                len(
+                    {
+                        p["problem"]
+                        for step in seen
+                        if len(step) == 4 and step[0] not in seen[0]
+                        for p in step
+                    }
+                )
+                == 1
+            )
     runs = ideas.runlog.read("ideas")
     assert [run["arm"] for run in runs] == list(ideas.RUNS)
-    assert all(0 <= run["rows"][-1]["pass@1"] <= 1 and "pass@1_before" in run["rows"][0] for run in runs)
+    assert all(
+        0 <= run["rows"][-1]["pass@1"] <= 1 and "pass@1_before" in run["rows"][0] for run in runs
+    )
 
 
 def test_extrapolation_is_exact_on_a_line():
     torch.manual_seed(0)
     start, direction = torch.randn(2, 50, dtype=torch.float64)
     points = torch.stack([start + (0.3 + 0.1 * t) * direction for t in (5, 10, 15, 20)])
-    assert torch.allclose(ideas.extrapolate(start, points, [5, 10, 15, 20], 40), start + 4.3 * direction)
+    assert torch.allclose(
+        ideas.extrapolate(start, points, [5, 10, 15, 20], 40), start + 4.3 * direction
+    )
