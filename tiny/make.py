@@ -5,7 +5,8 @@
 A *teacher* here is a program that writes worked solutions. Two answer every kind of problem:
 one is careful and computes step by step, one is careless and either breaks a rule of arithmetic
 (left to right, brackets ignored, fractions added straight across) or rounds and guesses. The
-student, a 0.8M-parameter Qwen2, is distilled from their mixture by cross-entropy, so it knows the right
+student, a 0.8M-parameter Qwen2, is distilled from their mixture by cross-entropy, so it knows
+the right
 way but takes it only now and then. Moving that habit is all that reinforcement learning has to do;
 what the student computes wrongly when it *is* careful remains as real, honest error.
 """

@@ -1,7 +1,7 @@
 """Compare the checker of real.py with Math-Verify and with plain string normalisation.
 
     python tests/experiments/compare_checkers.py                       # the committed cases
-    python tests/experiments/compare_checkers.py --cases FILE.jsonl  # answer, response, expected, kind
+    python tests/experiments/compare_checkers.py --cases FILE.jsonl  # answer, response, expected
     python tests/experiments/compare_checkers.py --write    # make the committed cases again
 
 Math-Verify is optional (pip install math-verify), else its column is left out. Other checkers run
