@@ -107,18 +107,6 @@ def test_low_memory_trains_the_model_with_rounded_parameters(tmp_path):
     assert_only_parameters_are_rounded(modules)
 
 
-def test_eval_and_benchmark_round_parameters_alone(tmp_path, monkeypatch):
-    """Was: as above, wherever a model went to the GPU. Here the GPU is the CPU under another name."""
-    benchmark, evaluate = (load(ROOT / file) for file in ("tests/benchmark.py", "eval.py"))
-    assert_only_parameters_are_rounded(forwards(lambda: benchmark.card(0)))
-    to = torch.nn.Module.to
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **more: to(
-        self, *("cpu" if str(x) == "cuda" else x for x in args), **{k: "cpu" if k == "device" else v for k, v in more.items()}))
-    flags = ["--samples", "2", "--limit", "2", "--max_new_tokens", "8", "--output_dir", str(tmp_path)]
-    assert_only_parameters_are_rounded(forwards(lambda: evaluate.main(flags)))
-
-
 # ---- No code from a checkpoint ----------------------------------------------------------------------------------------
 
 
