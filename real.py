@@ -369,6 +369,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
+    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
@@ -391,8 +392,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, prompts[q][-1], len(prompts[q]) - 1, 0]
-                   for q in new for g in range(G)]  # the last token of a prompt is read again
+            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
@@ -852,9 +852,8 @@ def load_problems(tokenizer, config, path, split, least=1):
             if not isinstance(chat, list):
                 text = "\n".join(str(value) for value in found if value is not None)
                 chat = [{"role": "user", "content": text}]
-            problem = text = str(chat[-1]["content"])
-            if SUFFIX.strip() not in problem:  # some data sets hold it already
-                text = problem + SUFFIX
+            problem = chat[-1]["content"]
+            text = problem + SUFFIX * (SUFFIX.strip() not in problem)  # some hold it already
             if tokenizer.chat_template:
                 chat = [*chat[:-1], chat[-1] | {"content": text}]
                 text = tokenizer.apply_chat_template(
