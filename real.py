@@ -145,7 +145,8 @@ ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True
 PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
     dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
-    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50)
+    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
+    micro_batch_tokens=18432)
 PRESETS = {  # what each of them takes, and what to expect: README
     "tiny": {}, "paper": PAPER,
     "0.5b": ONE_CARD | dict(
@@ -154,9 +155,11 @@ PRESETS = {  # what each of them takes, and what to expect: README
         temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
     "1.5b": PAPER | dict(
         prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
+        micro_batch_tokens=16384,
         eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
     "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112)}
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
+        micro_batch_tokens=36864)}
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
