@@ -47,7 +47,8 @@ def comparisons():
         yield file, (ROOT / file).read_text() if (ROOT / file).exists() else ""
     for i, cell in enumerate(json.loads((ROOT / "notebook.ipynb").read_text())["cells"]):
         text = "".join(cell["source"])
-        if cell["cell_type"] == "markdown" and re.search("GRPO ends|GRPO 0\\.|lead over GRPO", text):
+        compared = re.search("GRPO ends|GRPO 0\\.|lead over GRPO", text)
+        if cell["cell_type"] == "markdown" and compared:
             yield f"notebook cell {i}", text
 
 
