@@ -834,7 +834,7 @@ def load_problems(tokenizer, config, path, split, least=1):
 
     A row without problem or usable answer, or over max_prompt_tokens, is skipped with a count.
     """
-    rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    rows = load_rows(path, config.dataset_config, split)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:
             raise UserError(f"{path}, row {number}: its fields have no names")
