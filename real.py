@@ -145,7 +145,8 @@ ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True
 PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
     dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
-    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50)
+    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
+    micro_batch_tokens=18432)
 PRESETS = {  # what each of them takes, and what to expect: README
     "tiny": {}, "paper": PAPER,
     "0.5b": ONE_CARD | dict(
@@ -154,9 +155,11 @@ PRESETS = {  # what each of them takes, and what to expect: README
         temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
     "1.5b": PAPER | dict(
         prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
+        micro_batch_tokens=16384,
         eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
     "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112)}
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
+        micro_batch_tokens=36864)}
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
@@ -369,6 +372,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
+    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
@@ -391,8 +395,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, prompts[q][-1], len(prompts[q]) - 1, 0]
-                   for q in new for g in range(G)]  # the last token of a prompt is read again
+            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
@@ -852,9 +855,8 @@ def load_problems(tokenizer, config, path, split, least=1):
             if not isinstance(chat, list):
                 text = "\n".join(str(value) for value in found if value is not None)
                 chat = [{"role": "user", "content": text}]
-            problem = text = str(chat[-1]["content"])
-            if SUFFIX.strip() not in problem:  # some data sets hold it already
-                text = problem + SUFFIX
+            problem = chat[-1]["content"]
+            text = problem + SUFFIX * (SUFFIX.strip() not in problem)  # some hold it already
             if tokenizer.chat_template:
                 chat = [*chat[:-1], chat[-1] | {"content": text}]
                 text = tokenizer.apply_chat_template(

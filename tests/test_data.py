@@ -16,8 +16,6 @@ import real
 from common import QUICK, fails, one_line
 from real import Config, UserError
 
-NO_CSV = fails("datasets 5 takes no dtype for csv")
-CSV = pytest.param("csv", marks=NO_CSV)
 TOKENIZER = real.AutoTokenizer.from_pretrained(real.TINY)
 
 
@@ -46,24 +44,24 @@ GOOD = {"problem": "1+1", "answer": "2"}
 def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_path, capsys):
     rows = [GOOD, {"problem": "2+2", "answer": answer}, GOOD, {"problem": "3+3", "answer": answer}]
     assert [p["problem"] for p in load(rows, tmp_path)] == ["1+1", "1+1"]
-    assert "2 of 4 rows skipped, the first is row 2" in capsys.readouterr().out
+    assert "2 of 4 rows skipped, first row 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("problem", [None, "", " \n"])
 def test_a_row_without_problem_is_skipped(problem, tmp_path, capsys):
     assert len(load([GOOD, {"problem": problem, "answer": "2"}], tmp_path)) == 1
-    assert "1 of 2 rows skipped, the first is row 2" in capsys.readouterr().out
+    assert "1 of 2 rows skipped, first row 2" in capsys.readouterr().out
 
 
 def test_a_long_prompt_is_skipped(tmp_path, capsys):
     assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
-    assert "the first is row 1" in capsys.readouterr().out
+    assert "first row 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("written", [
     "9223372036854775807", "9223372036854775808", "18446744073709551617", "1" + "0" * 400,
     "0.10", "1.50", "12345678901234567.891", "-7", "1e3", "9" * 5000], ids=lambda x: x[:24])
-@pytest.mark.parametrize("suffix", ["jsonl", "json", CSV])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_numbers_stay_as_written(written, suffix, tmp_path):
     row = f'{{"problem": "1+1", "answer": {written}}}'
     text = {"jsonl": row, "json": f"[\n {row}\n]", "csv": f"problem,answer\n1+1,{written}\n"}
@@ -101,9 +99,10 @@ def test_a_chat_as_problem_is_read_as_a_chat(tmp_path):
 
 
 @pytest.mark.parametrize("chat", [
-    [], ["1+1"], [{"role": "user"}], [None], [[]], [{"role": "user", "content": None}],
-    *(pytest.param([{"content": content}], marks=fails("strip() of a list outside of `reading`"))
-      for content in ([real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
+    [], ["1+1"], [{"role": "user"}], [None], [[]],
+    *(pytest.param([{"role": "user", "content": content}], marks=fails(
+        "str() makes a problem of what is no text"))
+      for content in (None, 3, [real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
 def test_a_chat_that_is_none_is_one_line_or_skipped(chat, tmp_path):
     rows = [GOOD | {"problem": "1+1"}, {"problem": chat, "answer": "2"}]
     try:
@@ -117,7 +116,7 @@ def test_the_instruction_is_not_added_twice(tmp_path):
     assert found[0]["prompt_ids"] == found[1]["prompt_ids"]
 
 
-@pytest.mark.parametrize("suffix", ["json", "jsonl", CSV, "parquet"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_every_file_format_and_nested_columns(tmp_path, suffix):
     rows = [{"q": f"{i}+1", "a": str(i + 1)} for i in range(3)]
     if suffix != "csv":
@@ -149,9 +148,9 @@ BAD = {  # case: (bytes of a .jsonl file, words of the error)
     "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
     "empty": (b"", "0 usable rows of 0"), "only blanks": (b"\n \n", "0 usable rows of 0"),
     "no answers": (b'{"problem": "1+1", "answer": ""}', "0 usable rows of 1"),
-    "rows that are lists": (b"[1]\n", "every row must be an object"),
-    "rows that are texts": (b'"a"\n"b"', "every row must be an object"),
-    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "every row must be an object"),
+    "rows that are lists": (b"[1]\n", "row 1: its fields"),
+    "rows that are texts": (b'"a"\n"b"', "row 1: its fields"),
+    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "row 2: its fields"),
     "deep": (b"[" * 100_000, "recursion"), "a surrogate": (
         b'{"problem": "\\ud800", "answer": "2"}', "row 1"),
 }
@@ -164,27 +163,22 @@ def test_bad_data_is_one_line_that_names_the_file(case, tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", ""), pytest.param(b"problem,answer\n", "0 usable rows", marks=NO_CSV),
-    pytest.param(b"problem;answer\n1;2\n", "no column", marks=NO_CSV),
-    (b"\xff\xfe\x00", ""), (b'problem,answer\n"1,2\n', "")])
+    (b"", "0 usable rows"), (b"problem,answer\n", "0 usable rows"),
+    (b"problem;answer\n1;2\n", "no column"), (b"\xff\xfe\x00", ""), (b'problem,answer\n"1,2\n', "")])
 def test_bad_csv_is_one_line(content, words, tmp_path):
     assert words in refused(content, tmp_path, suffix="csv")
 
 
-@NO_CSV
-@pytest.mark.parametrize("rows", [
-    [["1+1", "2"], ["2+2", "4", "extra"]], [["1+1", "2", "extra"], ["2+2", "4", "extra"]],
-    [["f(x, y)", "2"], ["1", "000", "3"]]])
-def test_a_csv_row_with_more_fields_than_the_header_is_named(rows, tmp_path):
-    """pandas takes the first column for an index where every row has one field too many."""
+@pytest.mark.parametrize("rows, number", [
+    ([["1+1", "2"], ["2+2", "4", "extra"]], 2), ([["1+1", "2", "extra"], ["2+2", "4", "more"]], 1)])
+def test_a_csv_row_with_more_fields_than_the_header_is_named(rows, number, tmp_path):
     with (tmp_path / "data.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["problem", "answer"], *rows])
-    with pytest.raises(UserError, match="(line|row) [23]") as e:
+    with pytest.raises(UserError, match=f"row {number}: its fields") as e:
         real.load_problems(TOKENIZER, Config(), str(tmp_path / "data.csv"), "train")
     assert one_line(e.value)
 
 
-@NO_CSV
 def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
     found = load(b'problem,answer\n"f(1, 2)\n=?","1,000"\n', tmp_path, suffix="csv")
     assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
@@ -198,9 +192,13 @@ def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypa
                           output_dir=str(tmp_path / "run")))
 
 
-@fails("names of columns are printed as they are")
-def test_a_column_that_does_not_exist_prints_no_control_characters(tmp_path):
-    refused([{"\x1b[2Jquestion": "1+1", "a\nb": "2"}], tmp_path)
+def test_a_column_that_does_not_exist_prints_no_control_characters(tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"\x1b[2Jquestion": "1+1", "a\nb": "2"}))
+    with pytest.raises(SystemExit):
+        real.main([*QUICK, "--dataset", str(file), "--output_dir", str(tmp_path / "run")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert one_line(said) and "question, a\\nb" in said
 
 
 json_values = st.recursive(

@@ -14,8 +14,10 @@ INDEX = r"(Eq\. [\d, ]*\d|Algorithm 1)"
 
 def index_of(text, pattern):
     """[(equations, name)]: ["Eq. 6", "Eq. 7", "Eq. 8"], "real" for `Eq. 6, 7, 8  real`."""
-    return [([f"Eq. {n}" for n in re.findall(r"\d+", what)] if what[0] == "E" else [what], name)
-            for what, name in re.findall(pattern, text, re.M)]
+    return [
+        ([f"Eq. {n}" for n in re.findall(r"\d+", what)] if what[0] == "E" else [what], name)
+        for what, name in re.findall(pattern, text, re.M)
+    ]
 
 
 DOCSTRING = index_of(real.__doc__, rf"^    {INDEX} +(\w+)")

@@ -32,13 +32,29 @@ def test_table_comes_from_the_logs(readme, folder, call):
 
 
 def test_every_interval_comes_from_the_logs():
-    tables = printed("tests/experiments",
-                     "import five_seeds, study; five_seeds.table(); study.overview()")
+    tables = printed("tests/experiments", "import five_seeds, study, trl_seeds; "
+                     "five_seeds.table(); study.overview(); trl_seeds.main(0)").replace("+-", "±")
     intervals = re.findall(r"[\d.]+ ± [\d.]*\d", README)
     assert len(intervals) >= 3 and all(x in tables for x in intervals)
     for name, interval in (("REAL", "0.956 ± 0.014"), ("GRPO", "0.926 ± 0.026"),
                            ("frozen credit", "0.957 ± 0.011")):  # 16 updates a step
         assert re.search(rf"^\| {name} \|[^|]*\| {interval} \|", tables, re.M)
+
+
+def comparisons():
+    """Texts that compare REAL with GRPO by the study's numbers."""
+    for file in ("README.md", "tests/experiments/README.md", "tests/assignments/README.md"):
+        yield file, (ROOT / file).read_text() if (ROOT / file).exists() else ""
+    for i, cell in enumerate(json.loads((ROOT / "notebook.ipynb").read_text())["cells"]):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and re.search("GRPO ends|GRPO 0\\.|lead over GRPO", text):
+            yield f"notebook cell {i}", text
+
+
+@pytest.mark.parametrize("place, text", [pytest.param(*x, id=x[0]) for x in comparisons()])
+def test_the_confound_is_named_wherever_real_is_compared_with_grpo(place, text):
+    """GRPO ran with a KL term and REAL with none: their gap is not the objective's doing alone."""
+    assert "GRPO" in text and "confounded" in text and re.search(r"KL\s+term", text)
 
 
 def test_it_is_one_sitting():
@@ -73,7 +89,7 @@ def test_presets():
             assert preset["model"].endswith(model)
             assert data.lower() in preset["dataset"].lower()
             count = {"0.5b": 494_032_768, "paper-7b": 7_615_616_512}.get(name, 1_777_088_000)
-            assert rows[name][4:6] == [f"{count * 20e-9:.0f} GB", f"{count * 32e-9:.0f} GB"]
+            assert rows[name][4:6] == [f"{count * 20e-9:.0f}", f"{count * 32e-9:.0f}"]
     assert set(real.PRESETS) < set(rows)
 
 

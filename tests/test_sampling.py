@@ -41,11 +41,11 @@ def answers(model, prompt, length, end, temperature, top_p):
     return found
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7)])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9)])
 @pytest.mark.parametrize("slots", [8000, 400])
 def test_samples_follow_the_model(temperature, top_p, slots):
-    """All answers of three tokens out of six, counted, by chi-square: with all rollouts at once, and
-    with slots that are refilled while others are at work, prompts of two lengths in turn."""
+    """All answers of three tokens out of six, counted, by chi-square: all rollouts at once, and in
+    slots that are refilled while others are at work, prompts of two lengths in turn."""
     model = toy(vocab_size=6, initializer_range=0.12)
     prompts = [[3, 2, 5, 4], [2, 3]]
     torch.manual_seed(3)

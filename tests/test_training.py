@@ -28,13 +28,13 @@ def moved(model, batch, config):
 
 
 def terms(model, batch, config):
-    """Sum over rollouts of the norm of their share of the gradient: what rounding is relative to."""
+    """Sum over rollouts of the norm of their share of the gradient: rounding is relative to it."""
     push = real.credit(real.all_logprobs(model, batch, config).detach(), batch, config)[1]
     total = 0.0
     for row in range(12):
         logp = real.token_logprobs(model, batch, [row], config)
-        shares = torch.autograd.grad((logp * push.view(12, -1)[row]).sum(), list(model.parameters()))
-        total += flat(shares).norm()
+        share = (logp * push.view(12, -1)[row]).sum()
+        total += flat(torch.autograd.grad(share, list(model.parameters()))).norm()
     return total
 
 
@@ -104,8 +104,8 @@ def test_groups_that_are_all_right_or_all_wrong_move_nothing(objective, low_memo
         uniform["old_logp"] = real.all_logprobs(model, batch, config)
     result = real.update(model, optimizer, uniform, config)
     assert torch.equal(flat(model.parameters()), before) and result["grad_norm"] == 0
-    for i, moments in state["state"].items():
-        assert all(torch.equal(x, optimizer.state_dict()["state"][i][k]) for k, x in moments.items())
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(x, state["state"][i][k]) for k, x in moments.items())
 
 
 @BOTH
@@ -217,7 +217,7 @@ def test_low_memory_learns_as_fp32_does_where_plain_bf16_does_not():
 
 
 def test_a_low_memory_update_is_nearly_the_fp32_one():
-    """Between them: weights and activations in bf16, so 8 bits through two layers."""
+    """Between them: weights and activations of 8 bits, rounded some eight times on their way."""
     found = []
     for low_memory in (False, True):
         model = toy(dtype=torch.float32, initializer_range=0.1)
@@ -228,8 +228,9 @@ def test_a_low_memory_update_is_nearly_the_fp32_one():
             lambda o, *_: grads.extend(p.grad.clone() for p in o.param_groups[0]["params"]))
         real.update(model, optimizer, batch, config)
         found.append(flat(grads))
-        assert not any(p.grad is not None and p.grad.any() for p in optimizer.param_groups[0]["params"])
-    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+        left = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        assert not any(grad.any() for grad in left)
+    assert (found[1] - found[0]).norm() < 8 * 2**-8 * found[0].norm()
 
 
 # ---- What a step logs ----------------------------------------------------------------------------
@@ -239,15 +240,17 @@ def test_metrics_are_what_they_are_called():
     """Three groups by hand: all right, mixed, all wrong; a mini-batch of two and one of one."""
     nan = math.nan
     labels = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
-    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [1, 1, 1]]]).bool()
-    old_logp = torch.where(mask, torch.arange(-18.0, 0).view(3, 2, 3), nan)  # padding: not looked at
+    mask = torch.arange(3) < torch.tensor([[2, 1], [3, 2], [1, 3]])[..., None]
+    old_logp = torch.where(mask, torch.arange(-18.0, 0).view(3, 2, 3), nan)  # padding is not seen
     ended = torch.tensor([[1, 1], [0, 1], [1, 0]]).bool()
     batch = {"labels": labels, "mask": mask, "ended": ended}
     parts = [{"old_logp": old_logp[:2]}, {"old_logp": old_logp[2:]}]
     s = torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.05, -0.5]])
     weight = torch.tensor([[0.0, 0.0], [1.5, 0.5], [0.0, 1.0]])
-    updates = [{"loss": torch.tensor(x), "grad_norm": torch.tensor(norm), "s_bar": s[i], "weight": weight[i]}
-               for x, norm, i in ((1.0, 3.0, slice(0, 2)), (2.0, 7.0, slice(2, 3)))]
+    updates = [{"loss": torch.tensor(1.0), "grad_norm": torch.tensor(3.0),
+                "s_bar": s[:2], "weight": weight[:2]},
+               {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(7.0),
+                "s_bar": s[2:], "weight": weight[2:]}]
     found = {k: float(v) for k, v in real.metrics(batch, parts, updates).items()}
     entropy = -sum([-18, -17, -15, -12, -11, -10, -9, -8, -6, -3, -2, -1]) / 12
     spread = math.sqrt(sum((w - 0.5) ** 2 for w in (0, 0, 1.5, 0.5, 0, 1.0)) / 5)
@@ -333,7 +336,8 @@ def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch, low_memory
     config = replace(QUICK, **config)
     rates = [group["lr"] for _, group, _ in calls]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
-    assert all(group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9) for _, group, _ in calls)
+    for _, group, _ in calls:
+        assert group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9)
     for step in (1, 2):
         mine = [batch for batch, *_ in calls[3 * step - 3 : 3 * step]]
         assert all(batch["mask"].shape[:2] == (2, 4) for batch in mine)

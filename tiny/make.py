@@ -2,10 +2,11 @@
 
     python tiny/make.py            # about 10 minutes on 2 CPU cores; same machine, same bytes
 
-A *teacher* here is a program that writes worked solutions. Two of them answer every kind of problem:
+A *teacher* here is a program that writes worked solutions. Two answer every kind of problem:
 one is careful and computes step by step, one is careless and either breaks a rule of arithmetic
-(left to right, brackets ignored, fractions added straight across) or rounds and guesses. The student,
-a 0.8M-parameter Qwen2, is distilled from their mixture by plain cross-entropy, so it knows the right
+(left to right, brackets ignored, fractions added straight across) or rounds and guesses. The
+student, a 0.8M-parameter Qwen2, is distilled from their mixture by cross-entropy, so it knows
+the right
 way but takes it only now and then. Moving that habit is all that reinforcement learning has to do;
 what the student computes wrongly when it *is* careful remains as real, honest error.
 """
@@ -107,7 +108,7 @@ def solution(kind, numbers, rng):
 
 
 def make_tokenizer(texts):
-    """Byte-level BPE with Qwen2's own splitting rule: any text round-trips, every digit stands alone."""
+    """Byte-level BPE with Qwen2's splitting rule: any text round-trips, digits stand alone."""
     bpe = Qwen2Tokenizer()._tokenizer  # the class brings the rule; the merges are learned here
     trainer = trainers.BpeTrainer(
         vocab_size=378,
@@ -135,7 +136,7 @@ def make_tokenizer(texts):
 
 
 def pairs(rng, seen):
-    """Endless (prompt text, teacher's solution) on problems that are in neither the training nor the test file."""
+    """Endless (prompt text, teacher's solution) on problems of neither training nor test file."""
     while True:
         kind, numbers, problem, _ = draw_problem(rng)
         if problem not in seen:
@@ -143,7 +144,7 @@ def pairs(rng, seen):
 
 
 def distil(model, tokenizer, source, steps, lr, batch=64, seconds=math.inf):
-    """Minimise the cross-entropy of solutions given prompts: Muon for matrices, AdamW for the rest, cosine to 1%."""
+    """Minimise the solutions' cross-entropy: Muon for matrices, AdamW else, cosine to 1%."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [

@@ -29,7 +29,7 @@ CONFIG = real.Config(objective="dapo", warmup=0)  # TRL's default loss
 
 
 def ours(steps):
-    """[(seconds, completion tokens)] of each step of Algorithm 1, its parts called as `train` calls them."""
+    """[(seconds, completion tokens)] of each step, its parts called as `train` does."""
     model, tokenizer = real.load_model(CONFIG.model)
     problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")
     optimizer, size = real.make_optimizer(model, CONFIG), CONFIG.prompts // CONFIG.mini_batches

@@ -1,10 +1,10 @@
 """Compare the checker of real.py with Math-Verify and with plain string normalisation.
 
     python tests/experiments/compare_checkers.py                       # the committed cases
-    python tests/experiments/compare_checkers.py --cases FILE.jsonl    # fields: answer (list), response, expected, kind
-    python tests/experiments/compare_checkers.py --write               # generate the committed cases again
+    python tests/experiments/compare_checkers.py --cases FILE.jsonl  # answer, response, expected
+    python tests/experiments/compare_checkers.py --write    # make the committed cases again
 
-Math-Verify is optional (pip install math-verify); without it its column is left out. The other checkers run
+Math-Verify is optional (pip install math-verify), else its column is left out. Other checkers run
 in a worker process with a wall-clock limit per item, since some inputs keep them busy for good.
 """
 
@@ -26,7 +26,7 @@ from real import extract_answer, is_correct
 CASES = Path(__file__).with_name("compare_cases.jsonl")
 
 
-# ------------------------------------------------------------------------------ the cases: golds by kind
+# ---- the cases: golds by kind
 def golds(rng: random.Random) -> dict[str, list[str]]:
     """Answers of the kinds that AIME, AMC, MATH-500, Minerva, OlympiadBench and DAPO have."""
 
@@ -315,7 +315,7 @@ def math_verify(response: str, answers: list) -> bool:
 
 
 def rules_then_sympy(response: str, answers: list) -> bool:
-    """verl's prime_math (string rules, then sympy), of the family of the checker that the paper's code trains with."""
+    """verl's prime_math (string rules, then sympy), a relative of the paper's checker."""
     import contextlib
     import importlib
     import types
