@@ -62,9 +62,10 @@ def test_zero_is_allowed_only_where_it_means_something(name):
         Config(**{name: 0})
 
 
-@fails("no check of types")
-@pytest.mark.parametrize("flags", [{"steps": 2.5}, {"lr": None}, {"prompts": "16"}, {"tau": [1]},
-                                   {"objective": []}, {"resume": "no"}, {"model": None}], ids=str)
+@pytest.mark.parametrize("flags", [
+    {"steps": 2.5}, {"lr": None}, {"prompts": "16"}, {"tau": [1]},
+    {"resume": "no"}, {"model": None}, pytest.param(
+        {"objective": []}, marks=fails("looked up before its type is looked at"))], ids=str)
 def test_a_value_of_another_type_is_named(flags):
     with pytest.raises(UserError, match=f"--{[*flags][0]}"):
         Config(**flags)
@@ -164,7 +165,7 @@ def test_a_defect_of_our_own_shows_its_traceback(monkeypatch, tmp_path):
 @pytest.mark.parametrize("error, text", [
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
     (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    pytest.param(MemoryError, "", marks=fails("a RuntimeError alone is expected"))])
+    (MemoryError, "")])
 def test_out_of_memory_names_the_setting_to_lower(where, setting, error, text, tmp_path,
                                                   monkeypatch, capsys):
     def raising(*_, **__):
@@ -176,7 +177,7 @@ def test_out_of_memory_names_the_setting_to_lower(where, setting, error, text, t
         wait(*args)
         monkeypatch.setattr(real, inner, namespace[inner])
     monkeypatch.setattr(real, "check_model", then)
-    said = refused(capsys, *QUICK, "--output_dir", tmp_path / "run")
+    said = refused(capsys, *QUICK, "--max_new_tokens", 8, "--output_dir", tmp_path / "run")
     assert "out of memory" in said and setting in said
     assert ("--slots" in said) == (where == "sample")
 

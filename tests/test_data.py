@@ -164,7 +164,8 @@ def test_bad_data_is_one_line_that_names_the_file(case, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "0 usable rows"), (b"problem,answer\n", "0 usable rows"),
-    (b"problem;answer\n1;2\n", "no column"), (b"\xff\xfe\x00", ""), (b'problem,answer\n"1,2\n', "")])
+    (b"problem;answer\n1;2\n", "no column"), (b"\xff\xfe\x00", ""),
+    (b'problem,answer\n"1,2\n', "")])
 def test_bad_csv_is_one_line(content, words, tmp_path):
     assert words in refused(content, tmp_path, suffix="csv")
 

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import real
-from common import QUICK, ROOT, fails, one_line, train
+from common import one_line, train
 from real import Config, UserError
 
 
@@ -23,16 +21,20 @@ def model(tmp_path):
     return shutil.copytree(real.TINY, tmp_path / "model")
 
 
+SHORT = ["--steps", "1", "--prompts", "2", "--mini_batches", "1", "--group_size", "2",
+         "--max_new_tokens", "8"]
+
+
 def edit(file, **changes):
     settings = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
 
 
-def refused(model):
+def refused(model, *flags):
     """The one line with which a run on this model is refused before anything is written."""
     folder = model.parent / "run"
     with pytest.raises(UserError) as e:
-        train(folder, "--model", model, "--steps", "1")
+        train(folder, "--model", model, *SHORT, *flags)
     assert one_line(e.value) and not (folder / "config.json").exists()
     return str(e.value)
 
@@ -48,18 +50,22 @@ class C(C):
 
 
 @pytest.mark.parametrize("model_type", ["evil", "qwen2"])
-def test_code_that_comes_with_a_model_never_runs(model_type, model, tmp_path):
-    """Everything is there to run it, and the answer to the question whether to trust it is y."""
+def test_code_that_comes_with_a_model_never_runs(model_type, model, tmp_path, monkeypatch):
+    """Everything is there to run it, and the answer to the question whether to trust it is y.
+
+    qwen2: a type that transformers knows; its own classes can train the model."""
     marker = tmp_path / "marker"
     (model / "code.py").write_text(CODE.format(marker=str(marker)))
     edit(model / "config.json", model_type=model_type,
          auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", "code.T"]},
-         tokenizer_class="T")
-    flags = [*QUICK, "--model", str(model), "--steps", "1", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, str(ROOT / "real.py"), *flags], input="y\n" * 50,
-                          text=True, capture_output=True, timeout=120)
-    assert not marker.exists() and done.returncode in (0, 2) and "Traceback" not in done.stderr
+         tokenizer_class="Strange")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        train(tmp_path / "run", "--model", model, *SHORT)
+    except UserError as e:
+        assert model_type == "evil" and one_line(e) and str(model) in str(e)
+    assert not marker.exists()
 
 
 class Evil:
@@ -111,14 +117,13 @@ FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 def test_a_damaged_file_is_one_line_or_does_not_matter(name, content, model):
     (model / name).write_bytes(content)
     try:
-        train(model.parent / "run", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, *SHORT)
     except UserError as e:
         assert one_line(e) and "model" in str(e)
 
 
 @pytest.mark.parametrize("change", [
-    {"dtype": "float99"}, *(pytest.param({"dtype": dtype}, marks=fails(
-        "found at the first save, or before it by a traceback")) for dtype in (3, "int64", "bool")),
+    {"dtype": "float99"}, {"dtype": 3}, {"dtype": "int64"}, {"dtype": "bool"},
     {"hidden_size": "x"}, {"hidden_size": 64}, {"num_hidden_layers": -1},
     {"num_attention_heads": 0}, {"vocab_size": 10}, {"vocab_size": 0}, {"model_type": "mamba"},
     {"model_type": "bert"}, {"model_type": "t5"}, {"model_type": 3}, {"model_type": None},
@@ -131,12 +136,11 @@ def test_a_strange_configuration_is_one_line(change, model):
     assert "model" in refused(model)
 
 
-@pytest.mark.parametrize("eos", [-1, 1.5, [], *(pytest.param(eos, marks=fails(
-    "end tokens are read at the first step")) for eos in ("x", [[1]], 10**30, {}))], ids=str)
+@pytest.mark.parametrize("eos", [-1, 1.5, [], "x", [[1]], 10**30, {}], ids=str)
 def test_a_strange_end_token_is_one_line_or_does_not_matter(eos, model):
     edit(model / "generation_config.json", eos_token_id=eos)
     try:
-        train(model.parent / "run", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, *SHORT)
     except UserError as e:
         assert one_line(e)
 
@@ -147,7 +151,7 @@ def test_a_strange_end_token_is_one_line_or_does_not_matter(eos, model):
 def test_a_strange_template_is_one_line_or_does_not_matter(template, model):
     (model / "chat_template.jinja").write_text(template)
     try:
-        train(model.parent / "run", "--model", model, "--steps", "1")
+        train(model.parent / "run", "--model", model, *SHORT)
     except UserError as e:
         assert one_line(e)
 
@@ -168,7 +172,6 @@ def test_no_model_is_one_line(what, tmp_path):
 # ---- Never trained wrongly -----------------------------------------------------------------------
 
 
-@fails("transformers makes them up and only warns")
 def test_missing_weights_are_never_made_up(model):
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"]
@@ -176,7 +179,6 @@ def test_missing_weights_are_never_made_up(model):
     assert "model" in refused(model)
 
 
-@fails("only the start of the first problem is tried")
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model):
     """The word that has no embedding is not in the first problem."""
     tokenizer = real.AutoTokenizer.from_pretrained(model)
@@ -192,7 +194,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model):
 
 def test_positions_that_end_before_the_rollout_are_refused(model):
     edit(model / "config.json", max_position_embeddings=64)
-    assert "max_position_embeddings" in refused(model)
+    assert "max_position_embeddings" in refused(model, "--max_new_tokens", 48)
 
 
 SMALL = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -221,7 +223,7 @@ def test_what_cannot_be_trained_rightly_is_refused_at_the_start(name, model):
         other.get_input_embeddings().weight.data.mul_(2000)
     other.save_pretrained(model)
     if works:
-        assert train(model.parent / "run", "--model", model, "--steps", "1")
+        assert train(model.parent / "run", "--model", model, *SHORT)
     else:
         assert "model" in refused(model)
 
