@@ -268,11 +268,11 @@ def credit(logp, batch, config):
     Eq. 9 (with Eq. 10) over Q |o| for REAL and Eq. 3 for GRPO: all that tells methods apart is
     in this tensor. The objective's arguments are looked up by name in `batch` and `config`.
     """
-    given = vars(config) | batch
-    settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
-        loss = OBJECTIVES[config.objective](logp, **settings)
+        given = vars(config) | batch | {"logp": logp}
+        settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
+        loss = OBJECTIVES[config.objective](**settings)
         if config.kl_ref:
             loss = loss + config.kl_ref * kl(logp, batch["ref_logp"], batch["mask"])
         if config.kl_old:
