@@ -112,7 +112,7 @@ class Config:
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
+        if self.objective not in list(OBJECTIVES):
             raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
