@@ -784,6 +784,9 @@ def check_model(model, tokenizer, problems, config):
             raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
                             "and --max_new_tokens take; lower the latter")
     with reading(f"model {config.model}"):
+        known = model.get_input_embeddings().num_embeddings
+        if max(max(p["prompt_ids"]) for p in problems) >= known:
+            raise ValueError(f"its tokenizer has more tokens than its {known} embeddings")
         greedy = replace(config, max_new_tokens=4, temperature=1e-9)
         batch = rollouts(model, tokenizer, problems[:2], 2, greedy, lambda q, texts: [0, 1])
         logp = all_logprobs(model, batch, config)

@@ -1,5 +1,6 @@
 """The assignments end to end: student copy, graders red on the stub and on wrong solutions, green on the reference."""
 
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:std")  # one wrong solution asks
 def untouched(monkeypatch):
     """What exercises and ideas change in real.py is put back."""
     monkeypatch.setattr(real, "OBJECTIVES", dict(real.OBJECTIVES))
-    for name in ("update", "draw", "sample", "validate", "train"):
+    for name in ("train", "label_group"):
         monkeypatch.setattr(real, name, getattr(real, name))
 
 
@@ -138,6 +139,48 @@ def test_pytest_grades_a_submission(course, monkeypatch):
             graders.test_exercise(name)
 
 
+def test_gradescope_grades_a_class(course, tmp_path):
+    """The zip built by its command, unpacked as Gradescope does, with a class of four submissions."""
+    command = [sys.executable, str(HERE / "gradescope.py")]
+    subprocess.run([*command, "autograder.zip"], cwd=tmp_path, check=True)
+    subprocess.run(["unzip", "-q", "autograder.zip", "-d", "source"], cwd=tmp_path, check=True)
+    for script in ("setup.sh", "run_autograder"):
+        assert os.access(tmp_path / "source" / script, os.X_OK)
+        subprocess.run(["bash", "-n", tmp_path / "source" / script], check=True)
+    _, misconception, old, new = next(wrong for wrong in WRONG if wrong[0] == 7)
+    reference = graders.SOURCE.read_text()
+    half = nbformat.reads(reference, 4)
+    for cell in half.cells:
+        if cell.metadata.get("nbgrader", {}).get("grade_id") == "ex7":
+            cell.source = cell.source.replace(old, new)
+    next(cell for cell in half.cells if cell.cell_type == "code").source = "raise SystemExit"  # locked: put back
+    half.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
+    stub = (course[0] / "release" / "real" / "real.ipynb").read_text()
+    total = sum(graders.POINTS.values())
+    for text, score in ((reference, total), (stub, 0),
+                        (nbformat.writes(half), total - graders.POINTS["ex7a"]),
+                        ("no notebook", 0)):
+        for folder in ("submission", "results"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+            (tmp_path / folder).mkdir()
+        (tmp_path / "submission" / "real.ipynb").write_text(text)
+        subprocess.run([tmp_path / "source" / "run_autograder"], check=True,
+                       env={**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable})
+        found = json.loads((tmp_path / "results" / "results.json").read_text())
+        assert found["score"] == score, found
+        if text == "no notebook":
+            assert "cannot be read" in found["output"]
+            continue
+        graded = [test for test in found["tests"] if "max_score" in test]
+        assert {test["name"]: test["max_score"] for test in graded} == graders.POINTS
+        assert {test["visibility"] for test in graded} == {"after_published"}
+        hidden = {cell[0].partition("HIDDEN TESTS")[2] for cell in graders.REFERENCE.values()}
+        for test in found["tests"]:  # what is shown at once quotes no hidden test
+            if test["visibility"] == "visible" and "Error: " in test["output"]:
+                message = test["output"].partition(": ")[2]
+                assert not any(message and message in text for text in hidden), message
+
+
 # ---- The ideas -----------------------------------------------------------------------------------
 
 
@@ -152,8 +195,7 @@ def case():
 def test_ideas_pass_the_graders():
     """The same function is graded in exercise 6, and in 7."""
     variables = graders.work(graders.REFERENCE)
-    variables["dhpo"] = lambda *args, eps=0.2, **kw: ideas.dhpo(*args, eps_token=eps, **kw)
-    real.OBJECTIVES["dhpo"] = variables["dhpo"]
+    variables["dhpo"] = real.OBJECTIVES["dhpo"] = ideas.dhpo
     variables["majority_labels"] = ideas.majority_labels
     assert not any(verdicts(variables, 6).values()) and not any(verdicts(variables, 7).values())
 
@@ -172,37 +214,40 @@ def test_denoised_is_real_without_noise_and_weighs_by_bayes():
     assert ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), one, rho=0.2) == 0
 
 
-def test_annealing_changes_training_samples_and_no_validation():
-    model, tokenizer = real.load_model(real.Config().model)
-    problems = real.load_problems(tokenizer, real.Config(), real.Config().dataset, "train")[:3]
-
-    def draw():
-        torch.manual_seed(0)
-        return real.rollouts(model, tokenizer, problems, 4, 16, 1.0)["completions"]
-
-    plain, score, sample = draw(), real.validate(model, tokenizer, problems, real.Config(eval_samples=2)), real.sample
-    ideas.annealed_decoding(hot=1.0, cold=1.0, d=1e9)
-    assert torch.equal(draw(), plain)  # temperature 1 throughout
-    real.sample = sample
-    ideas.annealed_decoding(hot=50.0)
-    assert not torch.equal(draw(), plain)
-    assert real.validate(model, tokenizer, problems, real.Config(eval_samples=2)) == score
+def test_noise_flips_one_label_in_five():
+    torch.manual_seed(0)
+    texts = [r"\boxed{4}"] * 5000 + [r"\boxed{5}"] * 5000
+    flipped = sum(label != (i < 5000) for i, label in enumerate(ideas.noisy_label({"answer": "4"}, texts)))
+    assert abs(flipped - 2000) < 5 * 40  # binomial: standard deviation 40
 
 
-def test_relabelling_leaves_the_batch_the_end_is_lost_and_one_example_repeats():
-    real.update = lambda *args: args
-    ideas.relabel(lambda batch: ~batch["labels"])
-    batch = {"labels": torch.tensor([[True, False]])}
-    assert real.update(0, 1, 2, batch, 4)[3]["labels"].tolist() == [[False, True]] and batch["labels"][0, 0]
-    real.update = lambda *args: args
-    ideas.end_token_lost()
-    end = real.load_model(real.Config().model)[1].eos_token_id
-    batch = {"mask": torch.tensor([[[True, True, False]]]), "completions": torch.tensor([[[5, end, end]]])}
-    assert real.update(0, 1, 2, batch, 4)[3]["mask"].tolist() == [[[True, False, False]]]
-    problems = list(range(100))
-    first = real.draw(problems, 1, real.Config())[0]
-    ideas.one_example()
-    assert real.draw(problems, 7, real.Config()) == [first] * 16
+def test_the_end_is_lost():
+    """The bug of exercise 5 leaves all tokens but the end their credit, and the end none."""
+    real.OBJECTIVES |= ideas.OBJECTIVES
+    end = ideas.end_token()
+    batch = {"old_logp": torch.zeros(1, 2, 3), "mask": torch.tensor([[[True, True, False], [True, True, True]]]),
+             "labels": torch.tensor([[True, False]]), "completions": torch.tensor([[[5, end, 0], [6, 7, end]]])}
+    push = real.credit(torch.zeros(1, 2, 3), batch, real.Config(objective="end_token_lost"))[1]
+    assert push.ne(0).tolist() == [[[True, False, False], [True, True, False]]]
+
+
+def test_every_idea_runs(tmp_path, monkeypatch):
+    """Two small steps of each, logged and read back; the one example is the first that the seed draws."""
+    seen = []
+    monkeypatch.setattr(ideas.runlog, "LOGS", tmp_path)
+    monkeypatch.setattr(ideas, "BUDGET", {"steps": 2, "prompts": 4, "mini_batches": 2, "group_size": 2, "eval_every": 2,
+                                          "eval_limit": 4, "eval_samples": 2, "max_new_tokens": 16})
+    rollouts = real.rollouts
+    monkeypatch.setattr(real, "rollouts", lambda *args, **kw: seen.append(args[2]) or rollouts(*args, **kw))
+    for name, (_, settings) in ideas.RUNS.items():
+        monkeypatch.setitem(ideas.RUNS, name, (ideas.RUNS[name][0], settings | {"steps": 2, "save_every": 1}))
+        seen.clear()
+        ideas.run(name, 0)
+        if name == "one example":
+            assert len({p["problem"] for step in seen if len(step) == 4 and step[0] not in seen[0] for p in step}) == 1
+    runs = ideas.runlog.read("ideas")
+    assert [run["arm"] for run in runs] == list(ideas.RUNS)
+    assert all(0 <= run["rows"][-1]["pass@1"] <= 1 and "pass@1_before" in run["rows"][0] for run in runs)
 
 
 def test_extrapolation_is_exact_on_a_line():

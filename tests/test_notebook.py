@@ -97,6 +97,9 @@ def test_algorithm_and_propositions(name):
 INDEX = re.findall(r"^    (?:Eq\. [\d, ]*\d|Algorithm 1) +(\w+)", real.__doc__, re.M)
 
 
+assert len(set(INDEX)) >= 8
+
+
 @pytest.mark.parametrize("name", sorted(set(INDEX)))
 def test_each_function_of_the_index_is_shown_as_it_now_is(name):
     shown = "".join(o.data.get("text/markdown", "") for c in CODE for o in c.outputs if o.output_type == "display_data")

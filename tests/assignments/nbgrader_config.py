@@ -2,4 +2,6 @@
 
 c = get_config()  # noqa: F821, nbgrader defines it
 c.CourseDirectory.course_id = "rewards-as-labels"
-c.ExecutePreprocessor.timeout = c.ExecutePreprocessor.startup_timeout = 300  # seconds, also for a busy machine
+c.ExecutePreprocessor.timeout = c.ExecutePreprocessor.startup_timeout = (
+    300  # seconds, also for a busy machine
+)

@@ -15,6 +15,31 @@ WRONG = [  # exercise, misconception, what the reference says, what it becomes
     (2, "sign flipped", "W[r] = -torch.cat", "W[r] = torch.cat"),
     (2, "each rollout by itself, C = 1", "torch.cat([anchor, s[~r] / tau]).softmax(-1)[1:]", "(s[~r] / tau).sigmoid()"),
     (2, "tau forgotten outside", ".softmax(-1)[1:] / tau\n    W[~r]", ".softmax(-1)[1:]\n    W[~r]"),
+    (2, "real.credit called",
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n",
+     "    zero = torch.zeros(1, len(s), 1, dtype=s.dtype)\n    batch = {'old_logp': zero, 'mask': zero == 0, 'labels': r[None]}\n"
+     "    return real.credit(s[None, :, None], batch, real.Config(tau=tau))[1][0, :, 0]\n"
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n"),
+    (2, "autograd for the closed form",
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n",
+     "    with torch.enable_grad():\n        s = s.detach().requires_grad_()\n"
+     "        return torch.autograd.grad(real_loss(s, r, tau), s)[0]\n"
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n"),
+    (2, "backward for the closed form",
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n",
+     "    with torch.enable_grad():\n        s = s.detach().requires_grad_()\n"
+     "        real_loss(s, r, tau).backward()\n        return s.grad\n"
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n"),
+    (2, "real.softmax_ce called", "F.softplus(torch.logsumexp(z_n, -1) + torch.logsumexp(-z_p, -1))",
+     "real.softmax_ce(z_p, z_n)"),
+    (2, "differences for the closed form",
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n",
+     "    h = 1e-6 * torch.eye(len(s), dtype=s.dtype)\n"
+     "    return torch.stack([(real_loss(s + x, r, tau) - real_loss(s - x, r, tau)) / 2e-6 for x in h])\n"
+     "    W, anchor = torch.zeros_like(s), torch.zeros_like(s[:1])\n"),
+    (3, "a plus in front", "\\s*(-?)\\s*", "\\s*\\+?(-?)\\s*"),
+    (3, "a minus inside", "(?:(\\d+)\\s+)?", "(?:(\\d+)\\s+-?)?"),
+    (3, "decimals in a fraction", r"(\d+)/(\d+))\s*", r"\d*\.?(\d+)/(\d+))\s*"),
     (3, "float", "return -size if sign else size", "return -float(size) if sign else float(size)"),
     (3, "Fraction() parses it", "    if not match or",
      "    try:\n        return Fraction(text)\n    except ValueError:\n        pass\n    if not match or"),
@@ -50,9 +75,13 @@ WRONG = [  # exercise, misconception, what the reference says, what it becomes
     (7, "text for value", 'real.is_correct(f"\\\\boxed{{{a}}}", b)', "a == b"),
     (7, "no answer may win", "a is not None and b is not None and real.is_correct",
      "a == b or bool(a and b) and real.is_correct"),
+    (7, "more than half instead of the most", "if max(votes, default=0) == 0:",
+     "if 2 * max(votes, default=0) <= sum(a is not None for a in answers):"),
     (7, "first of a tie", "and not tie for", "for"),
-    (7, "true labels overwritten", "batch | {\"labels\": labels}", "batch.update(labels=labels) or batch"),
-    (7, "think tag left out", 'problem["opening"] + text', "text"),
-    (7, "gold answers", 'majority_labels([problem["opening"] + text for text in texts])',
-     '[real.is_correct(problem["opening"] + text, problem["answer"]) for text in texts]'),
+    (7, "patches the label function, which train no longer looks up",
+     "return real.train(config, label=lambda problem, texts: majority_labels(texts))",
+     "real.label_group = lambda problem, texts: majority_labels(texts)\n    return real.train(config)"),
+    (7, "all groups at once", "label=lambda problem, texts: majority_labels(texts)",
+     "label=lambda problem, texts: [majority_labels(group) for group in texts]"),
+    (7, "gold answers", "label=lambda problem, texts: majority_labels(texts)", "label=real.label_group"),
 ]
