@@ -431,8 +431,8 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
               for p, group in zip(problems, texts)]
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
             "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=device),
-            "labels": torch.tensor(labels, dtype=torch.bool, device=device), "texts": texts,
-            "ended": (mask & torch.isin(ids, ends)).any(-1)}
+            "labels": torch.tensor(labels, dtype=torch.bool, device=device).view(mask.shape[:2]),
+            "texts": texts, "ended": (mask & torch.isin(ids, ends)).any(-1)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
