@@ -269,7 +269,7 @@ def test_weights_on_a_gpu_are_rounded_and_buffers_are_not(tmp_path, monkeypatch)
     monkeypatch.setattr(real.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(real.transformers.PreTrainedModel, "to", lambda self, *args: self)
     ev.main([*QUICK, "--limit", "3", "--output_dir", str(tmp_path)])
-    assert seen[1:] == [({real.torch.bfloat16}, {real.torch.float32})]  # after the check at the start
+    assert seen[1:] == [({real.torch.bfloat16}, {real.torch.float32})]  # [0]: the check before
 
 
 FORMATS = {  # the columns of each benchmark, as its source has them
