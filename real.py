@@ -43,7 +43,9 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # else threads wait busily for those of a busy core
+with suppress(OSError):  # Linux: beside busy processes, threads that wait must not spin
+    if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
 
 import datasets
 import torch
@@ -139,27 +141,6 @@ class Config:
 LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
-
-ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
-                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
-PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
-    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
-    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
-    micro_batch_tokens=18432)
-PRESETS = {  # what each of them takes, and what to expect: README
-    "tiny": {}, "paper": PAPER,
-    "0.5b": ONE_CARD | dict(
-        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
-        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
-        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
-    "1.5b": PAPER | dict(
-        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
-        micro_batch_tokens=16384,
-        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
-    "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
-        micro_batch_tokens=36864)}
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
@@ -1056,6 +1037,27 @@ class Run:
         return rows[-1]
 
 # ==== Command line ================================================================================
+
+ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
+                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
+PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
+    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
+    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
+    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
+    micro_batch_tokens=18432)
+PRESETS = {  # what each of them takes, and what to expect: README
+    "tiny": {}, "paper": PAPER,
+    "0.5b": ONE_CARD | dict(
+        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
+        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
+        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
+    "1.5b": PAPER | dict(
+        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
+        micro_batch_tokens=16384,
+        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
+    "paper-7b": PAPER | dict(
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
+        micro_batch_tokens=36864)}
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset."""
