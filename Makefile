@@ -6,6 +6,7 @@ train: .venv/train
 	$(BIN)/python real.py $(ARGS)
 
 test: .venv/test
+	$(BIN)/ruff check
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 .venv/train: requirements.txt

@@ -187,8 +187,8 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # any terminal can show any name
     try:
         return evaluate(args)
-    except (real.UserError, OSError, RuntimeError) as e:
-        full = "allocate" in str(e)  # CUDA: "Tried to allocate", CPU: "can't allocate memory"
+    except (real.UserError, OSError, RuntimeError, MemoryError) as e:
+        full = "allocate" in str(e) or isinstance(e, MemoryError)  # a card's memory or the CPU's
         if isinstance(e, RuntimeError) and not full:
             raise
         print(f"eval.py: error: {'out of memory: lower --slots' if full else e}", file=sys.stderr)

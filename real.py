@@ -43,7 +43,9 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # else threads wait busily for those of a busy core
+with suppress(OSError):  # Linux: beside busy processes, threads that wait must not spin
+    if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
 
 import datasets
 import torch
@@ -112,7 +114,7 @@ class Config:
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
+        if self.objective not in list(OBJECTIVES):
             raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
@@ -139,24 +141,6 @@ class Config:
 LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
-
-ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
-                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
-PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
-    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
-    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50)
-PRESETS = {  # what each of them takes, and what to expect: README
-    "tiny": {}, "paper": PAPER,
-    "0.5b": ONE_CARD | dict(
-        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
-        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
-        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
-    "1.5b": PAPER | dict(
-        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
-        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
-    "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=112)}
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
@@ -265,11 +249,11 @@ def credit(logp, batch, config):
     Eq. 9 (with Eq. 10) over Q |o| for REAL and Eq. 3 for GRPO: all that tells methods apart is
     in this tensor. The objective's arguments are looked up by name in `batch` and `config`.
     """
-    given = vars(config) | batch
-    settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
-        loss = OBJECTIVES[config.objective](logp, **settings)
+        given = vars(config) | batch | {"logp": logp}
+        settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
+        loss = OBJECTIVES[config.objective](**settings)
         if config.kl_ref:
             loss = loss + config.kl_ref * kl(logp, batch["ref_logp"], batch["mask"])
         if config.kl_old:
@@ -369,6 +353,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
+    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
@@ -391,8 +376,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, prompts[q][-1], len(prompts[q]) - 1, 0]
-                   for q in new for g in range(G)]  # the last token of a prompt is read again
+            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
@@ -428,8 +412,8 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
               for p, group in zip(problems, texts)]
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
             "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=device),
-            "labels": torch.tensor(labels, dtype=torch.bool, device=device), "texts": texts,
-            "ended": (mask & torch.isin(ids, ends)).any(-1)}
+            "labels": torch.tensor(labels, dtype=torch.bool, device=device).view(mask.shape[:2]),
+            "texts": texts, "ended": (mask & torch.isin(ids, ends)).any(-1)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
@@ -784,8 +768,9 @@ def check_model(model, tokenizer, problems, config):
             raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
                             "and --max_new_tokens take; lower the latter")
     with reading(f"model {config.model}"):
-        if max(max(p["prompt_ids"]) for p in problems) >= model.get_input_embeddings().num_embeddings:
-            raise ValueError("it does not know a token of its tokenizer")
+        known = model.get_input_embeddings().num_embeddings
+        if max(max(p["prompt_ids"]) for p in problems) >= known:
+            raise ValueError(f"its tokenizer has more tokens than its {known} embeddings")
         greedy = replace(config, max_new_tokens=4, temperature=1e-9)
         batch = rollouts(model, tokenizer, problems[:2], 2, greedy, lambda q, texts: [0, 1])
         logp = all_logprobs(model, batch, config)
@@ -830,7 +815,7 @@ def load_problems(tokenizer, config, path, split, least=1):
 
     A row without problem or usable answer, or over max_prompt_tokens, is skipped with a count.
     """
-    rows = load_rows(path, config.dataset_config if path == config.dataset else None, split)
+    rows = load_rows(path, config.dataset_config, split)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or None in row:
             raise UserError(f"{path}, row {number}: its fields have no names")
@@ -851,9 +836,8 @@ def load_problems(tokenizer, config, path, split, least=1):
             if not isinstance(chat, list):
                 text = "\n".join(str(value) for value in found if value is not None)
                 chat = [{"role": "user", "content": text}]
-            problem = text = str(chat[-1]["content"])
-            if SUFFIX.strip() not in problem:  # some data sets hold it already
-                text = problem + SUFFIX
+            problem = chat[-1]["content"]
+            text = problem + SUFFIX * (SUFFIX.strip() not in problem)  # some hold it already
             if tokenizer.chat_template:
                 chat = [*chat[:-1], chat[-1] | {"content": text}]
                 text = tokenizer.apply_chat_template(
@@ -1053,6 +1037,27 @@ class Run:
         return rows[-1]
 
 # ==== Command line ================================================================================
+
+ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
+                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
+PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
+    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
+    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
+    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
+    micro_batch_tokens=18432)
+PRESETS = {  # what each of them takes, and what to expect: README
+    "tiny": {}, "paper": PAPER,
+    "0.5b": ONE_CARD | dict(
+        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
+        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
+        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
+    "1.5b": PAPER | dict(
+        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
+        micro_batch_tokens=16384,
+        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
+    "paper-7b": PAPER | dict(
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
+        micro_batch_tokens=36864)}
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset."""

@@ -1,4 +1,4 @@
-"""Log-probabilities by the book, micro-batches, and what reading a model wrongly would look like."""
+"""Log-probabilities by the book, micro-batches, weights in bf16, the check at the start."""
 
 import copy
 from dataclasses import replace

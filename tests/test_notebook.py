@@ -1,6 +1,7 @@
-"""The notebook: complete, of one piece with real.py, and it runs. After a change of what it shows, execute it again:
+"""The notebook: complete, of one piece with real.py, and it runs. After a change of what it shows,
+execute it again:
 
-    jupyter nbconvert --to notebook --execute --inplace notebook.ipynb
+jupyter nbconvert --to notebook --execute --inplace notebook.ipynb
 """
 
 import ast
@@ -22,7 +23,8 @@ CODE = [cell for cell in CELLS if cell.cell_type == "code"]
 
 
 def bound(tree):
-    """Every name that code binds: definitions, assignments, loops, imports; `real.x = ...` counts as x."""
+    """Every name that code binds: definitions, assignments, loops, imports; `real.x = ...` counts
+    as x."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -42,7 +44,9 @@ def own_names():
     names = {n.name for n in definitions if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     for statement in definitions:
         for target in getattr(statement, "targets", [getattr(statement, "target", None)]):
-            names |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} if target else set()
+            names |= (
+                {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} if target else set()
+            )
     return names
 
 
@@ -50,8 +54,18 @@ def redefined(source):
     return own_names() & set(bound(ast.parse(source)))
 
 
-@pytest.mark.parametrize("source", ["def grpo(): pass", "class Config: pass", "tau = 1\nABSENT = 2", "real.credit = None",
-                                    "for s_bar in (): pass", "from other import train", "import other as k3"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def grpo(): pass",
+        "class Config: pass",
+        "tau = 1\nABSENT = 2",
+        "real.credit = None",
+        "for s_bar in (): pass",
+        "from other import train",
+        "import other as k3",
+    ],
+)
 def test_redefinition_is_noticed(source):
     assert redefined(source)
 
@@ -64,7 +78,14 @@ def test_redefines_nothing_of_real():
 
 def cell_of(pattern):
     """Position of the first markdown cell that matches."""
-    return next((i for i, c in enumerate(CELLS) if c.cell_type == "markdown" and re.search(pattern, c.source)), None)
+    return next(
+        (
+            i
+            for i, c in enumerate(CELLS)
+            if c.cell_type == "markdown" and re.search(pattern, c.source)
+        ),
+        None,
+    )
 
 
 def printed(cell):
@@ -97,22 +118,41 @@ def test_algorithm_and_propositions(name):
 INDEX = re.findall(r"^    (?:Eq\. [\d, ]*\d|Algorithm 1) +(\w+)", real.__doc__, re.M)
 
 
+assert len(set(INDEX)) >= 8
+
+
 @pytest.mark.parametrize("name", sorted(set(INDEX)))
 def test_each_function_of_the_index_is_shown_as_it_now_is(name):
-    shown = "".join(o.data.get("text/markdown", "") for c in CODE for o in c.outputs if o.output_type == "display_data")
-    assert inspect.getsource(getattr(real, name)) in shown, "real.py has changed since: execute the notebook again"
+    shown = "".join(
+        o.data.get("text/markdown", "")
+        for c in CODE
+        for o in c.outputs
+        if o.output_type == "display_data"
+    )
+    assert inspect.getsource(getattr(real, name)) in shown, (
+        "real.py has changed since: execute the notebook again"
+    )
 
 
 def test_outputs_are_committed_whole_and_without_errors():
-    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))  # one pass, top to bottom
+    assert [cell.execution_count for cell in CODE] == list(
+        range(1, len(CODE) + 1)
+    )  # one pass, top to bottom
     outputs = [o for cell in CODE for o in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 10
-    assert not re.search(r"(?<![\w.])/(?:home|root|tmp|usr|work|Users|content)/", "".join(map(str, outputs)))
+    assert not re.search(
+        r"(?<![\w.])/(?:home|root|tmp|usr|work|Users|content)/", "".join(map(str, outputs))
+    )
 
 
 def test_the_readme_shows_a_figure_of_the_notebook():
-    pictures = [base64.b64decode(o.data["image/png"]) for c in CODE for o in c.outputs if "image/png" in o.get("data", {})]
+    pictures = [
+        base64.b64decode(o.data["image/png"])
+        for c in CODE
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    ]
     assert (ROOT / "tests" / "experiments" / "logs" / "one_group.png").read_bytes() in pictures
 
 
@@ -123,5 +163,7 @@ def test_it_runs_top_to_bottom():
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

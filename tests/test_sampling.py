@@ -41,11 +41,11 @@ def answers(model, prompt, length, end, temperature, top_p):
     return found
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7)])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9)])
 @pytest.mark.parametrize("slots", [8000, 400])
 def test_samples_follow_the_model(temperature, top_p, slots):
-    """All answers of three tokens out of six, counted, by chi-square: with all rollouts at once, and
-    with slots that are refilled while others are at work, prompts of two lengths in turn."""
+    """All answers of three tokens out of six, counted, by chi-square: all rollouts at once, and in
+    slots that are refilled while others are at work, prompts of two lengths in turn."""
     model = toy(vocab_size=6, initializer_range=0.12)
     prompts = [[3, 2, 5, 4], [2, 3]]
     torch.manual_seed(3)
@@ -81,13 +81,13 @@ def test_masks_end_at_the_first_end_token():
     """Any of several; it belongs to the answer, what comes after it does not."""
     model = toy(vocab_size=6, initializer_range=0.1)
     torch.manual_seed(0)
-    ids, mask = real.sample(model, [torch.tensor([2, 3, 4])] * 20, 8, [1, 5], 9, 1.0, slots=16)
+    ids, mask = real.sample(model, [torch.tensor([2, 3, 4])] * 20, 8, [1, 5], 5, 1.0, slots=16)
     lengths = []
     for o, m in zip(ids.view(-1, ids.shape[-1]).tolist(), mask.view(-1, ids.shape[-1]).tolist()):
         n = next((i + 1 for i, token in enumerate(o) if token in (1, 5)), len(o))
         assert m == [i < n for i in range(len(o))] and not any(o[n:])
         lengths.append(n)
-    assert min(lengths) == 1 and max(lengths) == 9 and ids.dtype == torch.long
+    assert min(lengths) == 1 and max(lengths) == 5 and ids.dtype == torch.long
 
 
 def test_the_longest_answer_decides_the_width():
@@ -143,12 +143,12 @@ def test_an_answer_that_is_cut_off_did_not_end():
 
 def test_temperature_top_p_and_slots_reach_the_sampler(monkeypatch):
     model, tokenizer, problems = tiny()
-    config = replace(QUICK, temperature=0.3, max_new_tokens=5, slots=7)
+    config = replace(QUICK, temperature=1.5, max_new_tokens=5, slots=7)
     expected = []
-    for f in (lambda: real.rollouts(model, tokenizer, problems[:3], 4, config, top_p=0.8),
+    for f in (lambda: real.rollouts(model, tokenizer, problems[:3], 4, config, top_p=0.5),
               lambda: dict(zip(("completions", "mask"), real.sample(
                   model, [torch.tensor(p["prompt_ids"]) for p in problems[:3]], 4,
-                  [tokenizer.eos_token_id], 5, 0.3, 0.8, 7)))):
+                  [tokenizer.eos_token_id], 5, 1.5, 0.5, 7)))):
         torch.manual_seed(0)
         expected.append(f())
     assert torch.equal(expected[0]["completions"], expected[1]["completions"])

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +28,13 @@ def moved(model, batch, config):
 
 
 def terms(model, batch, config):
-    """Sum over rollouts of the norm of their share of the gradient: what rounding is relative to."""
+    """Sum over rollouts of the norm of their share of the gradient: rounding is relative to it."""
     push = real.credit(real.all_logprobs(model, batch, config).detach(), batch, config)[1]
     total = 0.0
     for row in range(12):
         logp = real.token_logprobs(model, batch, [row], config)
-        shares = torch.autograd.grad((logp * push.view(12, -1)[row]).sum(), list(model.parameters()))
-        total += flat(shares).norm()
+        share = (logp * push.view(12, -1)[row]).sum()
+        total += flat(torch.autograd.grad(share, list(model.parameters()))).norm()
     return total
 
 
@@ -102,8 +104,8 @@ def test_groups_that_are_all_right_or_all_wrong_move_nothing(objective, low_memo
         uniform["old_logp"] = real.all_logprobs(model, batch, config)
     result = real.update(model, optimizer, uniform, config)
     assert torch.equal(flat(model.parameters()), before) and result["grad_norm"] == 0
-    for i, moments in state["state"].items():
-        assert all(torch.equal(x, optimizer.state_dict()["state"][i][k]) for k, x in moments.items())
+    for i, moments in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(x, state["state"][i][k]) for k, x in moments.items())
 
 
 @BOTH
@@ -134,14 +136,17 @@ def test_a_number_that_is_not_finite_never_reaches_the_weights(low_memory, harm,
     assert not torch.equal(flat(fresh.parameters()), before)
 
 
-def test_an_update_makes_right_answers_likelier():
-    model, batch = tiny()[0], sampled()
-    optimizer = real.make_optimizer(model, Config(lr=1e-3))
-    real.update(model, optimizer, batch, QUICK)
-    mixed = real.is_mixed(batch["labels"])
-    s = real.update(model, optimizer, batch, QUICK)["s_bar"][mixed]
-    labels = batch["labels"][mixed]
-    assert len(labels) and s[labels].mean() > 0.01 > -0.01 > s[~labels].mean()
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_small_step_lowers_the_loss_by_what_calculus_says(objective):
+    """By the square of the gradient's norm a unit of learning rate, and a second-order term."""
+    if objective == "gspo":
+        pytest.skip("its gradient is by design not its value's")
+    model, config = toy(), replace(FREE, objective=objective)
+    batch = made_up(model)
+    norm = moved(model, batch, config)[1]["grad_norm"].item()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3 / norm**2)
+    losses = [real.update(model, optimizer, batch, config)["loss"].item() for _ in range(2)]
+    assert losses[0] - losses[1] == pytest.approx(1e-3, rel=0.1)
 
 
 @pytest.mark.parametrize("tau", [0.5, 2.0])
@@ -160,6 +165,7 @@ def test_the_weight_that_is_logged_is_equation_9(tau):
             assert weight == pytest.approx(expected, rel=ROUNDING, abs=0)
 
 
+@pytest.mark.slow  # on a busy machine two threads wait for each other
 def test_two_threads_give_one_result_and_no_atomic_adds():
     """Indexing with repeated indices adds atomically in its backward pass: in another order each
     time that two threads meet."""
@@ -211,7 +217,7 @@ def test_low_memory_learns_as_fp32_does_where_plain_bf16_does_not():
 
 
 def test_a_low_memory_update_is_nearly_the_fp32_one():
-    """Between them: weights and activations in bf16, so 8 bits through two layers."""
+    """Between them: weights and activations of 8 bits, rounded some eight times on their way."""
     found = []
     for low_memory in (False, True):
         model = toy(dtype=torch.float32, initializer_range=0.1)
@@ -222,8 +228,9 @@ def test_a_low_memory_update_is_nearly_the_fp32_one():
             lambda o, *_: grads.extend(p.grad.clone() for p in o.param_groups[0]["params"]))
         real.update(model, optimizer, batch, config)
         found.append(flat(grads))
-        assert not any(p.grad is not None and p.grad.any() for p in optimizer.param_groups[0]["params"])
-    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+        left = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        assert not any(grad.any() for grad in left)
+    assert (found[1] - found[0]).norm() < 8 * 2**-8 * found[0].norm()
 
 
 # ---- What a step logs ----------------------------------------------------------------------------
@@ -233,15 +240,17 @@ def test_metrics_are_what_they_are_called():
     """Three groups by hand: all right, mixed, all wrong; a mini-batch of two and one of one."""
     nan = math.nan
     labels = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
-    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [1, 1, 1]]]).bool()
-    old_logp = torch.where(mask, torch.arange(-18.0, 0).view(3, 2, 3), nan)  # padding: not looked at
+    mask = torch.arange(3) < torch.tensor([[2, 1], [3, 2], [1, 3]])[..., None]
+    old_logp = torch.where(mask, torch.arange(-18.0, 0).view(3, 2, 3), nan)  # padding is not seen
     ended = torch.tensor([[1, 1], [0, 1], [1, 0]]).bool()
     batch = {"labels": labels, "mask": mask, "ended": ended}
     parts = [{"old_logp": old_logp[:2]}, {"old_logp": old_logp[2:]}]
     s = torch.tensor([[0.1, 0.2], [0.3, -0.4], [0.05, -0.5]])
     weight = torch.tensor([[0.0, 0.0], [1.5, 0.5], [0.0, 1.0]])
-    updates = [{"loss": torch.tensor(x), "grad_norm": torch.tensor(norm), "s_bar": s[i], "weight": weight[i]}
-               for x, norm, i in ((1.0, 3.0, slice(0, 2)), (2.0, 7.0, slice(2, 3)))]
+    updates = [{"loss": torch.tensor(1.0), "grad_norm": torch.tensor(3.0),
+                "s_bar": s[:2], "weight": weight[:2]},
+               {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(7.0),
+                "s_bar": s[2:], "weight": weight[2:]}]
     found = {k: float(v) for k, v in real.metrics(batch, parts, updates).items()}
     entropy = -sum([-18, -17, -15, -12, -11, -10, -9, -8, -6, -3, -2, -1]) / 12
     spread = math.sqrt(sum((w - 0.5) ** 2 for w in (0, 0, 1.5, 0.5, 0, 1.0)) / 5)
@@ -260,42 +269,57 @@ def test_metrics_are_what_they_are_called():
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    """Whole runs read 64 problems and draw no picture."""
+    lines = (Path(real.TINY) / "train.jsonl").read_text().splitlines(True)
+    (tmp_path / "64.jsonl").write_text("".join(lines[:64]))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def run(folder, label=real.label_group, **settings):
+    settings = {"dataset": str(folder.parent / "64.jsonl")} | settings
+    return real.train(replace(QUICK, output_dir=str(folder), **settings), label)
+
+
 def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
 def test_training_raises_the_reward_and_saves_a_hugging_face_model(tmp_path):
-    config = Config(steps=20, lr=1e-4, warmup=4, eval_every=20, eval_limit=48, eval_samples=4,
-                    output_dir=str(tmp_path / "run"))
-    last = real.train(config)
+    last = run(tmp_path / "run", dataset=real.TINY, steps=12, prompts=8, mini_batches=4, lr=2e-4,
+               group_size=8, warmup=4, eval_every=12, eval_limit=48, eval_samples=4)
     log = log_of(tmp_path / "run")
-    assert [row["step"] for row in log] == list(range(1, 21))
+    assert [row["step"] for row in log] == list(range(1, 13))
     assert last["pass@1"] > log[0]["pass@1_before"] + 0.1
-    assert sum(row["reward"] for row in log[-5:]) > sum(row["reward"] for row in log[:5]) + 0.5
-    assert max(row["max_weight"] for row in log) <= 1 / config.tau
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-000020")
+    assert sum(row["reward"] for row in log[-4:]) > sum(row["reward"] for row in log[:4]) + 0.4
+    assert max(row["max_weight"] for row in log) <= 1 / Config().tau
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-000012")
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "real"])
 def test_every_objective_trains(tmp_path, objective):
-    last = real.train(replace(QUICK, objective=objective, output_dir=str(tmp_path / "run")))
+    last = run(tmp_path / "run", objective=objective)
     assert math.isfinite(last["loss"]) and last["grad_norm"] > 0 and last["skipped"] == 0
 
 
-def test_same_seed_same_metrics(tmp_path):
+def test_same_seed_same_metrics(tmp_path, monkeypatch):
+    """On the same questions, so that what differs is how answers were drawn."""
+    monkeypatch.setattr(real, "draw", lambda problems, *args: problems[:4])
     logs = []
     for name in ("a", "b", "c"):
-        real.train(replace(QUICK, seed=int(name == "c"), output_dir=str(tmp_path / name)))
-        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in log_of(tmp_path / name)])
+        run(tmp_path / name, seed=int(name == "c"))
+        logs.append(log_of(tmp_path / name))
+        for row in logs[-1]:
+            del row["seconds"]
     assert logs[0] == logs[1] != logs[2]
 
 
 @BOTH
 def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch, low_memory):
     """What `train` hands to each update: questions, log-probabilities, reference, learning rate."""
-    config = replace(QUICK, objective="grpo", kl_ref=0.001, prompts=6, mini_batches=3, warmup=4,
-                     lr=1e-3, weight_decay=0.03, beta2=0.9, micro_batch_tokens=300,
-                     low_memory=low_memory, output_dir=str(tmp_path / "run"))
+    config = dict(objective="grpo", kl_ref=0.001, prompts=6, mini_batches=3, warmup=4, lr=1e-3,
+                  weight_decay=0.03, beta2=0.9, micro_batch_tokens=300, low_memory=low_memory)
     calls, results, update = [], [], real.update
     base, tokenizer, problems = tiny()
     if low_memory:
@@ -310,14 +334,16 @@ def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch, low_memory
         return results[-1]
 
     monkeypatch.setattr(real, "update", spy)
-    real.train(config)
+    run(tmp_path / "run", **config)
+    config = replace(QUICK, **config)
     rates = [group["lr"] for _, group, _ in calls]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
-    assert all(group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9) for _, group, _ in calls)
+    for _, group, _ in calls:
+        assert group["weight_decay"] == 0.03 and group["betas"] == (0.9, 0.9)
     for step in (1, 2):
         mine = [batch for batch, *_ in calls[3 * step - 3 : 3 * step]]
         assert all(batch["mask"].shape[:2] == (2, 4) for batch in mine)
-        drawn = real.draw(problems, step, config)
+        drawn = real.draw(problems[:64], step, config)
         assert [p for batch in mine for p in batch["problems"]] == drawn
         assert [result["s_bar"].any().item() for result in results[3 * step - 3 :][:3]] == [
             False, True, True]  # exactly 0 before the first update of a step, then not
@@ -345,15 +371,14 @@ def test_a_label_of_ones_own_trains(tmp_path):
         seen.append((problem["problem"], len(texts)))
         return [len(text) == max(map(len, texts)) for text in texts]
 
-    last = real.train(replace(QUICK, output_dir=str(tmp_path / "run")), longest)
+    last = run(tmp_path / "run", longest)
     assert len(seen) == 8 and all(n == 4 for _, n in seen) and last["reward"] >= 0.25
 
 
 def test_validation_sees_problems_that_training_does_not(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(real, "validate", lambda *args: seen.append(args[2][:100]) or 0.5)
-    config = replace(QUICK, eval_every=1, steps=1, output_dir=str(tmp_path / "run"))
-    last = real.train(config)
+    last = run(tmp_path / "run", eval_every=1, steps=1)
     trained = {problem["problem"] for problem in embedded()[2]}
     held_out = {problem["problem"] for problem in seen[0]}
     assert len(seen) == 2 and len(held_out) == 100 and not held_out & trained
@@ -362,10 +387,9 @@ def test_validation_sees_problems_that_training_does_not(tmp_path, monkeypatch):
 
 @BOTH
 def test_a_run_that_goes_on_ends_where_a_whole_one_does(tmp_path, low_memory):
-    config = replace(QUICK, low_memory=low_memory, save_every=1)
-    real.train(replace(config, output_dir=str(tmp_path / "a")))
-    real.train(replace(config, steps=1, output_dir=str(tmp_path / "b")))
-    real.train(replace(config, resume=True, output_dir=str(tmp_path / "b")))
+    run(tmp_path / "a", low_memory=low_memory)
+    run(tmp_path / "b", low_memory=low_memory, steps=1)
+    run(tmp_path / "b", low_memory=low_memory, resume=True)
     one, other = (torch.load(tmp_path / name / "checkpoint-000002" / "trainer.pt") for name in "ab")
     assert torch.equal(flat(one["weights"]), flat(other["weights"]))
     assert all(w.dtype == torch.float32 for w in one["weights"])

@@ -69,7 +69,7 @@ def made_up(model, seed=0, lengths=(5, 9, 3), G=4, T=7):
 
 
 def plain_logprobs(model, batch, temperature):
-    """log pi(o_t | q, o_<t) by the book: every rollout alone, all logits, log_softmax: (Q, G, T)."""
+    """log pi(o_t | q, o_<t) by the book: a rollout alone, all logits, log_softmax: (Q, G, T)."""
     rows = []
     for prompt, group, masks in zip(batch["prompts"], batch["completions"], batch["mask"]):
         for o, mask in zip(group, masks):

@@ -1,8 +1,12 @@
-"""The graders under pytest: the tests of source/real/real.ipynb, hidden ones included, run on a submission.
+"""The graders under pytest: the tests of source/real/real.ipynb, hidden ones included, run on a
+submission.
 
-    SUBMISSION=path/to/real.ipynb python -m pytest tests/assignments/graders.py     # without SUBMISSION: the reference
+    SUBMISSION=path/to/real.ipynb python -m pytest tests/assignments/graders.py
 
-As under nbgrader, cells that students cannot edit are taken from the source, so a changed test changes nothing.
+Without SUBMISSION the reference is graded.
+
+As under nbgrader, cells that students cannot edit are taken from the source, so a changed test
+changes nothing.
 """
 
 import contextlib
@@ -16,7 +20,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-import real
+import real  # noqa: E402
 
 SOURCE = HERE / "source" / "real" / "real.ipynb"
 
@@ -25,11 +29,19 @@ def cells(path):
     """Code cells by grade_id (an ungraded cell: by its position): (source, nbgrader's metadata)."""
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     marks = [cell.metadata.get("nbgrader", {}) for cell in code]
-    return {mark.get("grade_id", n): (cell.source, mark) for n, (cell, mark) in enumerate(zip(code, marks))}
+    return {
+        mark.get("grade_id", n): (cell.source, mark)
+        for n, (cell, mark) in enumerate(zip(code, marks))
+    }
 
 
 REFERENCE = cells(SOURCE)
 POINTS = {name: mark["points"] for name, (_, mark) in REFERENCE.items() if mark.get("grade")}
+WRITTEN = {
+    cell.metadata.nbgrader.grade_id: cell.metadata.nbgrader.points  # graded by a person
+    for cell in nbformat.read(SOURCE, 4).cells
+    if cell.cell_type == "markdown" and cell.metadata.nbgrader.grade
+}
 
 
 def execute(source, name, variables):
@@ -39,12 +51,15 @@ def execute(source, name, variables):
 
 
 def work(submission):
-    """The variables that a submission's cells leave behind; like nbgrader, go on after a cell that fails."""
+    """The variables that a submission's cells leave behind; like nbgrader, go on after a cell that
+    fails."""
     variables = {"__name__": "submission"}
     locked = {name: cell for name, cell in REFERENCE.items() if cell[1].get("locked")}
-    for name, (source, _) in (submission | {n: c for n, c in locked.items() if n in submission}).items():
+    for name, (source, _) in (
+        submission | {n: c for n, c in locked.items() if n in submission}
+    ).items():
         if name not in POINTS:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 execute(source, f"<{name}>", variables)
     return variables
 

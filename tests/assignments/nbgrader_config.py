@@ -1,5 +1,8 @@
-"""Run nbgrader in this folder: the course is this folder, its only assignment `real` (source/real/real.ipynb)."""
+"""Run nbgrader in this folder: the course is this folder, its only assignment `real`
+(source/real/real.ipynb)."""
 
 c = get_config()  # noqa: F821, nbgrader defines it
 c.CourseDirectory.course_id = "rewards-as-labels"
-c.ExecutePreprocessor.timeout = c.ExecutePreprocessor.startup_timeout = 300  # seconds, also for a busy machine
+c.ExecutePreprocessor.timeout = c.ExecutePreprocessor.startup_timeout = (
+    300  # seconds, also for a busy machine
+)

@@ -1,10 +1,10 @@
 """Compare the checker of real.py with Math-Verify and with plain string normalisation.
 
     python tests/experiments/compare_checkers.py                       # the committed cases
-    python tests/experiments/compare_checkers.py --cases FILE.jsonl    # fields: answer (list), response, expected, kind
-    python tests/experiments/compare_checkers.py --write               # generate the committed cases again
+    python tests/experiments/compare_checkers.py --cases FILE.jsonl  # answer, response, expected
+    python tests/experiments/compare_checkers.py --write    # make the committed cases again
 
-Math-Verify is optional (pip install math-verify); without it its column is left out. The other checkers run
+Math-Verify is optional (pip install math-verify), else its column is left out. Other checkers run
 in a worker process with a wall-clock limit per item, since some inputs keep them busy for good.
 """
 
@@ -26,7 +26,7 @@ from real import extract_answer, is_correct
 CASES = Path(__file__).with_name("compare_cases.jsonl")
 
 
-# ------------------------------------------------------------------------------ the cases: golds by kind
+# ---- the cases: golds by kind
 def golds(rng: random.Random) -> dict[str, list[str]]:
     """Answers of the kinds that AIME, AMC, MATH-500, Minerva, OlympiadBench and DAPO have."""
 
@@ -52,7 +52,10 @@ def golds(rng: random.Random) -> dict[str, list[str]]:
         "thousands": (10, lambda: rf"{n(1, 99)},\!{n(100, 999)}"),
         "fraction": (30, frac),
         "mixed": (8, lambda: rf"{n(1, 20)}\frac{{{(d := n(3, 9)) - 1}}}{{{d}}}"),
-        "scientific": (12, lambda: f"{n(1, 9)}.{n(1, 9)}e{rng.choice([-34, -19, -11, -6, 5, 8, 23, 33])}"),
+        "scientific": (
+            12,
+            lambda: f"{n(1, 9)}.{n(1, 9)}e{rng.choice([-34, -19, -11, -6, 5, 8, 23, 33])}",
+        ),
         "radical": (15, lambda: rf"{n()}\sqrt{{{root()}}}"),
         "radical quotient": (8, lambda: rf"\frac{{{n()}\sqrt{{{root()}}}}}{{{n(101, 131)}}}"),
         "radical sum": (10, lambda: rf"{n()}+{n()}\sqrt{{{root()}}}"),
@@ -69,7 +72,12 @@ def golds(rng: random.Random) -> dict[str, list[str]]:
         "set": (8, lambda: rf"\{{{n(-20, 0)}, {n(1, 20)}\}}"),
         "matrix": (6, lambda: rf"\begin{{pmatrix}} {n()} & {n()} \\ {n()} & {n()} \end{{pmatrix}}"),
         "vector": (6, lambda: rf"\begin{{pmatrix}} {n()} \\ {n()} \\ {frac()} \end{{pmatrix}}"),
-        "word": (10, lambda: rf"\text{{{rng.choice(['even', 'odd', 'east', 'parabola', 'Monday', 'Alice'])}}}"),
+        "word": (
+            10,
+            lambda: (
+                rf"\text{{{rng.choice(['even', 'odd', 'east', 'parabola', 'Monday', 'Alice'])}}}"
+            ),
+        ),
         "choice": (6, lambda: rf"\text{{({rng.choice('ABCDE')})}}"),
         "unit": (10, lambda: rf"{n()} \text{{ {rng.choice(['cm', 'inches', 'miles', 'cents'])}}}"),
         "degrees": (8, lambda: rf"{n()}^\circ"),
@@ -80,7 +88,10 @@ def golds(rng: random.Random) -> dict[str, list[str]]:
         "equation": (6, lambda: f"y = {n()}x + {n()}"),
         "power": (6, lambda: f"{n(2, 9)}^{{{n(20, 60)}}}"),
     }
-    return {kind: sorted({make() for _ in range(-(-count // 2))}) for kind, (count, make) in makers.items()}
+    return {
+        kind: sorted({make() for _ in range(-(-count // 2))})
+        for kind, (count, make) in makers.items()
+    }
 
 
 def variants(gold: str, kind: str, rng: random.Random) -> dict[str, str]:
@@ -89,14 +100,18 @@ def variants(gold: str, kind: str, rng: random.Random) -> dict[str, str]:
         "dollars": f"${gold}$",
         "spaces": f"  {gold} ",
         "period": gold + ".",
-        "mathrm": rf"\mathrm{{{gold}}}" if kind in ("integer", "padded", "float", "decimal") else gold,
+        "mathrm": rf"\mathrm{{{gold}}}"
+        if kind in ("integer", "padded", "float", "decimal")
+        else gold,
         "parens": rf"\({gold}\)",
         "dfrac": gold.replace(r"\frac", r"\dfrac"),
         "unicode": gold.replace("-", "−"),
         "slash": re.sub(r"^\\frac\{(\d+)\}\{(\d+)\}$", r"\1/\2", gold),
         "short root": re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", gold),
         "left right": re.sub(r"([)\]])$", r"\\right\1", re.sub(r"^([(\[])", r"\\left\1", gold)),
-        "thin space": gold.replace(",", r",\,") if kind in ("tuple", "triple", "interval", "set") else gold,
+        "thin space": gold.replace(",", r",\,")
+        if kind in ("tuple", "triple", "interval", "set")
+        else gold,
         "times": re.sub(r"(\d)(\\sqrt|\\pi)", r"\1 \\cdot \2", gold),
     }
     if kind in ("integer", "padded", "float", "fraction", "radical", "pi", "decimal"):
@@ -146,7 +161,10 @@ def variants(gold: str, kind: str, rng: random.Random) -> dict[str, str]:
     if kind in ("unit", "degrees", "percent", "money"):
         out |= {"bare": re.search(r"[\d.]+", gold)[0]}
     if kind == "degrees":
-        out |= {"word": gold.replace(r"^\circ", r"\text{ degrees}"), "braces": gold.replace(r"\circ", r"{\circ}")}
+        out |= {
+            "word": gold.replace(r"^\circ", r"\text{ degrees}"),
+            "braces": gold.replace(r"\circ", r"{\circ}"),
+        }
     if kind == "equation":
         out |= {"swapped": " = ".join(gold.split(" = ")[::-1]), "right side": gold.split(" = ")[1]}
     return {name: text for name, text in out.items() if text != gold}
@@ -189,7 +207,13 @@ def wrongs(gold: str, kind: str, rng: random.Random) -> dict[str, str]:
         out |= {"base": gold.split("_")[0] + "_{10}", "bare": gold.split("_")[0]}
     if kind in ("word", "choice"):
         other = rng.choice(
-            [w for w in (["A", "B", "C", "D", "E"] if kind == "choice" else ["blue", "false", "Bob"]) if w not in gold]
+            [
+                w
+                for w in (
+                    ["A", "B", "C", "D", "E"] if kind == "choice" else ["blue", "false", "Bob"]
+                )
+                if w not in gold
+            ]
         )
         out |= {"other": rf"\text{{{other}}}", "hedge or": rf"{gold} \text{{ or }} {other}"}
     if kind == "complex":
@@ -197,7 +221,10 @@ def wrongs(gold: str, kind: str, rng: random.Random) -> dict[str, str]:
     if kind == "polynomial":
         out |= {"variable": gold.replace("x", "w"), "power": gold.replace("^2", "^3")}
     if kind == "radical":
-        out |= {"index": re.sub(r"(\d+)\\sqrt", r"\\sqrt[\1]", gold), "root dropped": gold.split("\\")[0]}
+        out |= {
+            "index": re.sub(r"(\d+)\\sqrt", r"\\sqrt[\1]", gold),
+            "root dropped": gold.split("\\")[0],
+        }
     if kind == "pi":
         out |= {"pi dropped": gold.replace(r"\pi", "")}
     if kind == "unit":
@@ -214,10 +241,19 @@ def generate(seed: int = 0) -> list[dict]:
         if (gold, reply) not in seen:
             seen.add((gold, reply))
             head = rng.choice(
-                ["<think>\nLet me see.\n</think>\n\nThe answer is ", "So the answer is ", "</think> Therefore, "]
+                [
+                    "<think>\nLet me see.\n</think>\n\nThe answer is ",
+                    "So the answer is ",
+                    "</think> Therefore, ",
+                ]
             )
             cases.append(
-                {"answer": [gold], "response": head + rf"\boxed{{{reply}}}", "expected": expected, "kind": kind}
+                {
+                    "answer": [gold],
+                    "response": head + rf"\boxed{{{reply}}}",
+                    "expected": expected,
+                    "kind": kind,
+                }
             )
 
     for gold, kind in flat:
@@ -227,7 +263,9 @@ def generate(seed: int = 0) -> list[dict]:
         for name, reply in wrongs(gold, kind, rng).items():
             add(gold, reply, 0, "hedge" if "hedge" in name else "near miss")
         for other, other_kind in rng.sample(flat, 2):
-            numbers = [re.sub(r"\\text\{[^}]*\}|\D", "", text).lstrip("0") for text in (gold, other)]
+            numbers = [
+                re.sub(r"\\text\{[^}]*\}|\D", "", text).lstrip("0") for text in (gold, other)
+            ]
             if numbers[0] != numbers[1]:  # surely another value
                 add(gold, other, 0, "mismatch")
     return cases
@@ -277,7 +315,7 @@ def math_verify(response: str, answers: list) -> bool:
 
 
 def rules_then_sympy(response: str, answers: list) -> bool:
-    """verl's prime_math (string rules, then sympy), of the family of the checker that the paper's code trains with."""
+    """verl's prime_math (string rules, then sympy), a relative of the paper's checker."""
     import contextlib
     import importlib
     import types
@@ -298,7 +336,9 @@ def rules_then_sympy(response: str, answers: list) -> bool:
 
     reply = extract_answer(response)
     with contextlib.redirect_stdout(None):
-        return reply is not None and any(prime_math.grade_answer(reply, str(gold)) for gold in answers)
+        return reply is not None and any(
+            prime_math.grade_answer(reply, str(gold)) for gold in answers
+        )
 
 
 def _serve(pipe, name: str) -> None:
@@ -344,12 +384,22 @@ def run_limited(name: str, cases: list[dict], limit: float) -> tuple[list[bool],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=Path, default=CASES, help="JSONL with answer, response, expected, kind")
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds an item may take in the other checkers")
-    parser.add_argument("--every", type=int, default=1, help="give the other checkers every n-th case only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", type=Path, default=CASES, help="JSONL with answer, response, expected, kind"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=5.0, help="seconds an item may take in the other checkers"
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="give the other checkers every n-th case only"
+    )
     parser.add_argument("--write", action="store_true", help=f"generate {CASES.name} and stop")
-    parser.add_argument("--show", type=int, default=0, help="print so many wrong verdicts of each checker")
+    parser.add_argument(
+        "--show", type=int, default=0, help="print so many wrong verdicts of each checker"
+    )
     args = parser.parse_args()
     if args.write:
         CASES.write_text("".join(json.dumps(case) + "\n" for case in generate()))
@@ -369,7 +419,11 @@ def main() -> None:
         else:
             print(f"{name} is left out: pip install {install}")
     kinds = sorted({(-case["expected"], case["kind"].split(":")[0]) for case in cases})
-    print(f"{'kind (should)':28}{'cases':>7}" + "".join(f"{name:>18}" for name in results) + "   accepted")
+    print(
+        f"{'kind (should)':28}{'cases':>7}"
+        + "".join(f"{name:>18}" for name in results)
+        + "   accepted"
+    )
     for expected, kind in kinds:
         row = f"{kind + (' (yes)' if expected else ' (no)'):28}"
         for i, (some, verdicts, _, _) in enumerate(results.values()):
@@ -379,15 +433,22 @@ def main() -> None:
                 if (-case["expected"], case["kind"].split(":")[0]) == (expected, kind)
             ]
             row += f"{len(said):7}" if i == 0 else ""
-            share = f"{sum(said) / max(len(said), 1):.2%}" if expected else f"{sum(said)} of {len(said)}"
+            share = (
+                f"{sum(said) / max(len(said), 1):.2%}"
+                if expected
+                else f"{sum(said)} of {len(said)}"
+            )
             row += f"{share:>18}"
         print(row)
     print(
-        f"{'checks a second':35}" + "".join(f"{len(some) / seconds:18,.0f}" for some, _, seconds, _ in results.values())
+        f"{'checks a second':35}"
+        + "".join(f"{len(some) / seconds:18,.0f}" for some, _, seconds, _ in results.values())
     )
     for name, (some, verdicts, _, trouble) in results.items():
         wrong = [
-            (c["kind"], c["answer"], c["response"][-90:]) for c, v in zip(some, verdicts) if v != bool(c["expected"])
+            (c["kind"], c["answer"], c["response"][-90:])
+            for c, v in zip(some, verdicts)
+            if v != bool(c["expected"])
         ]
         print(f"{name}: {len(wrong)} wrong verdicts of {len(some)} {trouble or ''}")
         for item in wrong[: args.show]:
