@@ -6,18 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import real
 
 ROOT = Path(real.__file__).parent
 QUICK = ("--preset tiny --steps 6 --prompts 4 --mini_batches 2 --group_size 4 --eval_every 0 "
          "--save_every 2 --lr 1e-3 --warmup 0 --dataset").split() + [f"{real.TINY}/test.jsonl"]
-
-
-def fails(reason):
-    """A promise not kept yet; the test turns red on the day it is."""
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def start(*flags, **more):
