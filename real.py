@@ -1075,7 +1075,11 @@ def parse(argv=None):
         known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
         saved = read_run(read().folder) if args.resume else {}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-        return read()
+        config = read()
+    if config.eval_every and config.eval_dataset == TINY != config.dataset:
+        raise UserError("--eval_dataset: name held-out problems to go with --dataset, or set "
+                        "--eval_every 0")
+    return config
 
 class Output:
     """A stream of any encoding. Once nobody reads it (`| head`), stop as after SIGTERM."""

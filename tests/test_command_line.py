@@ -82,7 +82,7 @@ def test_a_value_of_another_type_is_named(flags):
     (["--answer_column", "a.b"], "--answer_column"), (["--max_new_tokens", "5000"], "5"),
     (["--prompts", "100000", "--mini_batches", "1"], "100000 are needed"),
     (["--max_prompt_tokens", "1"], "0 usable rows"), (["--resume"], "no run to resume"),
-    (["--eval_every", "1", "--eval_split", "x", "--eval_dataset", real.TINY], "tiny"),
+    (["--eval_every", "1", "--eval_dataset", real.TINY], "eval_dataset"),
     (["--dataset", real.TINY, "--split", "nope"], "tiny"), (["--output_dir", "x" * 300], "")])
 def test_bad_flags_are_one_line_and_exit_2(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
