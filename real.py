@@ -11,11 +11,11 @@ since it was sampled: push the right ones above 0 and the wrong ones below.
 Where the paper is in this file          Shapes
     Eq. 1        grpo, with kl_ref         Q   questions of a batch
     Eq. 2        softmax_ce                G   rollouts (sampled answers) of a question
-    Eq. 3        credit (of grpo)          T   tokens of the longest rollout
+    Eq. 3        credit, for grpo          T   tokens of the longest rollout
     Eq. 4        log_ratio                 logp, old_logp, mask    (Q, G, T)
-    Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G)
+    Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G), |W| as in Eq. 9
     Eq. 6, 7, 8  real
-    Eq. 9, 10    credit (of real)        Three places to edit, marked EDIT: the objectives,
+    Eq. 9, 10    credit, for real        Three places to edit, marked EDIT: the objectives,
     Eq. 11       real_bce                the labels, how answers are sampled.
     Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
@@ -43,7 +43,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-with suppress(OSError):  # Linux: beside busy processes, threads that wait must not spin
+with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting threads must not spin
     if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
         os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
 
@@ -84,9 +84,9 @@ class Config:
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
     as_printed: bool = arg(False, "REAL losses: all-right and all-wrong groups count too, Eq. 8")
-    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO and GSPO; none: their default")
-    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO and GSPO; none: their default")
-    beta: float | None = arg(None, "beta of TRPA; none: its default")
+    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; if not given, their own")
+    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; if not given, their own")
+    beta: float | None = arg(None, "beta of TRPA; if not given, its own")
     kl_ref: float = arg(0.0, "weight of a KL to the starting model, any objective, Sec. 5.3")
     kl_old: float = arg(0.0, "weight of a KL to the old policy, any objective, Sec. 5.3")
     prompts: int = arg(16, "questions a step, Q; paper: 128")
@@ -109,7 +109,7 @@ class Config:
     eval_limit: int = arg(256, "validation problems used")
     seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone")
     save_every: int = arg(50, "steps between checkpoints")
-    keep: int = arg(2, "checkpoints kept; the newest alone can be gone on from exactly")
+    keep: int = arg(2, "checkpoints kept; only the newest can be resumed exactly")
     output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
     resume: bool = arg(False, "go on with the run found in output_dir")
 
@@ -122,7 +122,8 @@ class Config:
             if value != f.default and type(value) not in (kind, int if kind is float else kind):
                 raise UserError(f"--{f.name} {value!r} is no {kind.__name__}")
             if type(value) in (int, float) and not low <= value < high:
-                raise UserError(f"--{f.name} {value} must be at least {low} and below {high}")
+                least = "above 0" if low == 1e-12 else f"at least {low}"
+                raise UserError(f"--{f.name} {value} must be {least} and below {high}")
             if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
                 raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
         if self.prompts % self.mini_batches:
@@ -144,7 +145,7 @@ RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
-# never sees a model. Name it in OBJECTIVES. A setting is a field of Config with the same name.
+# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name, in LOSS.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
 
@@ -169,7 +170,8 @@ def is_mixed(labels):
     return labels.bool().any(-1) & ~labels.bool().all(-1)
 
 def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True):
-    """REAL, Eq. 8: mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7). Without anchor: Eq. 2."""
+    """REAL, Eq. 8: mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7). Without anchor: Eq. 2.
+    A group that is all right or all wrong counts as 0, as in the released code."""
     positive = labels.bool()
     z = s_bar(logp, old_logp, mask) / tau
     z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
@@ -182,7 +184,8 @@ def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True
     return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
 
 def real_bce(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False):
-    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself."""
+    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself. As released: the
+    mean over the rollouts of mixed groups."""
     z = s_bar(logp, old_logp, mask) / tau
     loss = F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), reduction="none")
     if as_printed:
@@ -236,8 +239,8 @@ def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
     pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): right, wrong
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
     loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
-    kl_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum()
-    return loss.mean() + 0.001 * kl_old / mask.sum().clamp(min=1)
+    to_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum()
+    return loss.mean() + 0.001 * to_old / mask.sum().clamp(min=1)
 
 OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
     "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
@@ -245,9 +248,9 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} |
 def credit(logp, batch, config):
     """The loss and its derivative by each log-probability: how hard each token is pushed.
 
-    Returns the scalar loss and dL/dlogp (Q, G, T); minus means "make it likelier". Its size is
-    Eq. 9 (with Eq. 10) over Q |o| for REAL and Eq. 3 for GRPO: all that tells methods apart is
-    in this tensor. The objective's arguments are looked up by name in `batch` and `config`.
+    Returns the scalar loss and dL/dlogp (Q, G, T); minus means "make it likelier". Its size over
+    1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 and 10: a share below 1, over tau. All
+    that tells methods apart is in here. An objective's arguments come from `batch` and `config`.
     """
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
@@ -289,10 +292,11 @@ def token_logprobs(model, batch, rows, config):
            [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
 
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
-    Recomputed activations (low_memory) allow no cache: there each rollout has a copy of its prompt.
+    Recomputed activations (low_memory, so all presets but tiny) allow no cache: there each rollout
+    has a copy of its prompt.
     The LM head takes 512 tokens at a time, so that the logits of all never exist together.
     """
-    for module in model.modules():  # (critical) no dropout: only layers that recompute may "train"
+    for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
         module.training = isinstance(module, GradientCheckpointingLayer)
     G, device = batch["mask"].shape[1], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
@@ -309,7 +313,7 @@ def token_logprobs(model, batch, rows, config):
         ids = pad_sequence([batch["prompts"][g][:-1] for g in groups], batch_first=True)
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(repeats.to(device))
-        last = torch.stack([q[-1:] for q in prompts])  # (n, 1): it predicts token 0
+        last = torch.stack([q[-1:] for q in prompts])  # (n, 1): it predicts token 0, so fed below
         first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # its position
         column = torch.arange(ids.shape[1] + T, device=device)
         hidden = model.base_model(
@@ -358,7 +362,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
     while waiting or len(rollout):
-        for _ in range(every if len(rollout) else 0):  # a token of all slots; place of a CUDA graph
+        for _ in range(every if len(rollout) else 0):  # a token of every slot
             cache.at, cache.width = at, min(cache.width + 1, cache.columns)
             see = torch.arange(cache.width, device=device) <= at[:, None]
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
@@ -371,7 +375,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
         bar.update(every * len(rollout))
         if len(rollout) and not logits.isfinite().all():
             raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
-        active = (rollout < total).nonzero()[:, 0]  # only here does the host wait for the device
+        active = (rollout < total).nonzero()[:, 0]  # in a token, the host never waits as here
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
@@ -388,7 +392,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     return [x[:, :T].view(len(prompts), G, T) for x in (ids[:total] * mask, mask)]
 
 def label_group(problem, texts):
-    """EDIT: the labels of a group of answers to one problem, here each by the maths checker."""
+    """EDIT: True or False for each of a group of answers to a problem, here by the checker."""
     return [is_correct(text, problem["answer"]) for text in texts]
 
 def rollouts(model, tokenizer, problems, group_size, config, label=label_group, top_p=1.0):
@@ -429,8 +433,8 @@ def update(model, optimizer, batch, config):
 
     An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
     rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
-    factor without a model, then each micro-batch brings its share of the sum; if there is only one,
-    its graph is there already. Without credit, or if a number is not finite, the weights stay.
+    factor without a model, then each micro-batch brings its share of the sum; a single one keeps
+    the graph of its first forward pass. Without credit, or if not finite, the weights stay.
     """
     Q, G = batch["labels"].shape
     whole = len(micro_batches(batch, range(Q * G), config)) == 1
@@ -441,20 +445,21 @@ def update(model, optimizer, batch, config):
     if rows and whole:
         logp.backward(push)  # dL/dtheta = push * dlogp/dtheta
     else:
-        for part in micro_batches(batch, rows, config):
-            token_logprobs(model, batch, part, config).backward(push.flatten(0, 1)[part])
+        for micro in micro_batches(batch, rows, config):
+            token_logprobs(model, batch, micro, config).backward(push.flatten(0, 1)[micro])
     weights = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip).to(loss.device)
     if rows and (loss + norm).isfinite():
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not config.low_memory)
-    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W|, not / Q
+    optimizer.zero_grad(set_to_none=not config.low_memory)  # there, gradients add into .grad
+    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W| of Eq. 9
             "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
 
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
 
-    Raises UserError, and SystemExit after Ctrl-C or SIGTERM once the step at work is saved.
+    Validation asks `label_group` in any case. Raises UserError, and SystemExit after Ctrl-C or
+    SIGTERM once the step at work is saved.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
@@ -483,8 +488,9 @@ def train(config, label=label_group):
             size = config.prompts // config.mini_batches
             parts = [{k: v[i : i + size] for k, v in batch.items()}
                      for i in range(0, config.prompts, size)]
-            with torch.no_grad():  # line 5; (critical) by the very forward passes of `update`:
-                for part in parts:  # s_bar is exactly 0 before the first one
+            # Line 5, pi_old: its log-probabilities, by the same forward passes as in `update`
+            with torch.no_grad():  # (critical) so that s_bar is exactly 0 in the step's first one
+                for part in parts:
                     part["old_logp"] = all_logprobs(model, part, config)
                     if reference:
                         part["ref_logp"] = all_logprobs(reference, part, config)
@@ -568,7 +574,7 @@ def round_weights(model):
         p.data = p.data.bfloat16()
 
 def make_optimizer(model, config):
-    """AdamW over fp32 weights: those of the model or, with low_memory, what it is rounded from.
+    """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
 
     At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
     low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
@@ -580,7 +586,7 @@ def make_optimizer(model, config):
         round_weights(model)
         model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
-                              pin_memory=torch.cuda.is_available())
+                              pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
         home = dict(zip(model.parameters(), weights))
 
         def move(p):
@@ -988,28 +994,28 @@ class Run:
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
-        part, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
+        aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
         names = [name for name, _ in model.named_parameters()]
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part, state_dict={
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, state_dict={
                 name: w.to("cpu", model.own_dtype) for name, w in zip(names, weights)})
             model.config.dtype = model.own_dtype
-            model.config.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+            model.config.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
             torch.save({"weights": weights, "adam": optimizer.state_dict()["state"]},
-                       part / "trainer.pt")
+                       aside / "trainer.pt")
             getattr(os, "sync", int)()  # on the disk before it gets its name
-            part.rename(final)
+            aside.rename(final)
         except Exception as e:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"cannot save {final} ({self.size}): {e}; the others are whole")
         older = sorted(self.checkpoints())[:-1]
         for folder in older:
             (folder / "trainer.pt").unlink(missing_ok=True)
         for folder in older[: max(0, len(older) + 1 - self.config.keep)]:
-            shutil.rmtree(folder.rename(part))
+            shutil.rmtree(folder.rename(aside))
 
     def finish(self):
         """Draw the log, say what the run did or how to go on. Returns the log's last row."""
@@ -1118,7 +1124,7 @@ def main(argv=None):
         sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
         flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
         error = f"out of memory while {'sampling' if sampling else 'updating'}: lower {flag}"
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:  # before the run's folder is opened
         sys.exit(130)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     print(f"real.py: error: {line}", file=sys.stderr)
