@@ -249,8 +249,8 @@ def credit(logp, batch, config):
     """The loss and its derivative by each log-probability: how hard each token is pushed.
 
     Returns the scalar loss and dL/dlogp (Q, G, T); minus means "make it likelier". Its size over
-    1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 and 10: a share below 1, over tau. All
-    that tells methods apart is in here. An objective's arguments come from `batch` and `config`.
+    1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 with Eq. 10: a share below 1, over
+    tau. All that tells methods apart is in here. Arguments come by name from batch and config.
     """
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
@@ -488,7 +488,7 @@ def train(config, label=label_group):
             size = config.prompts // config.mini_batches
             parts = [{k: v[i : i + size] for k, v in batch.items()}
                      for i in range(0, config.prompts, size)]
-            # Line 5, pi_old: its log-probabilities, by the same forward passes as in `update`
+            # line 5, pi_old: its log-probabilities, by the same forward passes as in `update`
             with torch.no_grad():  # (critical) so that s_bar is exactly 0 in the step's first one
                 for part in parts:
                     part["old_logp"] = all_logprobs(model, part, config)

@@ -9,7 +9,6 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 sys.path.append(sys.path[0] + "/../..")  # the folder of real.py
 import real
-
 OURS = "model dataset dataset_config split problem_column answer_column objective tau".split()
 Own = make_dataclass("Own", [(f.name, f.type, f) for f in fields(real.Config) if f.name in OURS])
 
@@ -22,8 +21,8 @@ class Trainer(trl.GRPOTrainer):
         args.model_init_kwargs = {"attn_implementation": m.attn_implementation} | how
         self.own, name = real.Config(**vars(own)), m.model_name_or_path or own.model
         tokenizer = AutoTokenizer.from_pretrained(name, revision=m.model_revision)
-        problems = real.load_problems(tokenizer, self.own, own.dataset, own.split)
-        self.problems = {tokenizer.decode(p["prompt_ids"]): p for p in problems}
+        self.problems = {tokenizer.decode(p["prompt_ids"]): p for p in real.load_problems(
+            tokenizer, self.own, own.dataset, own.split)}
         data, peft = Dataset.from_dict({"prompt": [*self.problems]}), trl.get_peft_config(m)
         super().__init__(name, self.label, args, data, None, tokenizer, peft_config=peft,
                          quantization_config=trl.get_quantization_config(m))
@@ -45,9 +44,10 @@ class Trainer(trl.GRPOTrainer):
         mask, labels = x["completion_mask"].bool(), x["advantages"] > 0  # uniform groups: all False
         logp = self._get_per_token_logps_and_entropies(model, ids, attend, mask.shape[2])[0]
         logp, ref = logp.view_as(mask), x.get("ref_per_token_logps")
-        old, name = x.get("old_per_token_logps", logp.detach()), self.own.objective
-        tau = {"tau": self.own.tau} if name.startswith("real") else {}
-        loss = real.OBJECTIVES[name](logp, old, mask, labels, ref_logp=ref, **tau)
+        given = vars(self.own) | dict(logp=logp, mask=mask, labels=labels, ref_logp=ref)
+        given["old_logp"] = x.get("old_per_token_logps", logp.detach())
+        given = {k: given[k] for k in self.own.objective_arguments if given.get(k) is not None}
+        loss = real.OBJECTIVES[self.own.objective](**given)
         loss = loss if ref is None else loss + self.beta * real.kl(logp, ref, mask)
         return loss / self.current_gradient_accumulation_steps  # dapo, real_bce: mean of means
 
