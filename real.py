@@ -1099,6 +1099,9 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
+    def flush(self):
+        """Every write flushes; the bar would keep the first stream's own flush for ever."""
+
     def write(self, text):
         try:
             self.stream.write(text)

@@ -365,7 +365,7 @@ def test_updates_that_are_not_finite_never_reach_the_weights(tmp_path, monkeypat
 
 
 def test_one_run_a_folder_and_the_lock_is_released_when_train_raises(tmp_path, monkeypatch):
-    folder, first = tmp_path / "run", []
+    folder, first, before = tmp_path / "run", [], signal.getsignal(signal.SIGINT)
     def fail(*_):
         with pytest.raises(UserError, match="in use by another run"):
             train(folder, "--resume")
@@ -377,7 +377,7 @@ def test_one_run_a_folder_and_the_lock_is_released_when_train_raises(tmp_path, m
         first.append(e)  # a notebook keeps the last exception, and with it every frame
     monkeypatch.undo()
     assert first and train(folder, "--resume", "--steps", "1")["step"] == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_lock_is_released_when_a_resume_is_refused(copy):
