@@ -106,3 +106,11 @@ def test_what_a_run_prints_and_logs_is_what_the_readme_shows(tmp_path, capsys):
     explained = {key for row in section.splitlines()[2:]
                  for key in re.findall(r"`([^`]+)`", row.split("|")[1])}
     assert explained == set(json.loads((config.folder / "metrics.jsonl").read_text()))
+
+
+def test_every_test_that_keeps_a_promise_exists():
+    table = (ROOT / "tests" / "README.md").read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)(\.\.\.)?`", table)
+    missing = [n for n, more in named if not re.search(rf"def {n}" + r"\b" * (not more), tests)]
+    assert len(named) > 30 and not missing
