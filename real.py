@@ -375,7 +375,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
         bar.update(every * len(rollout))
         if len(rollout) and not logits.isfinite().all():
             raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
-        active = (rollout < total).nonzero()[:, 0]  # in a token, the host never waits as here
+        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
