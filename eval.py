@@ -12,16 +12,13 @@ import argparse
 import json
 import math
 import os
-import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-import datasets
 import torch
-import transformers
 from pandas import DataFrame
 from tqdm import tqdm
 
@@ -181,20 +178,8 @@ def evaluate(args):
 def main(argv=None):
     """Score as the command line says. Bad input ends in one line and exit code 2."""
     args = parse(argv)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # any terminal can show any name
-    try:
+    with real.one_line_errors():
         return evaluate(args)
-    except (real.UserError, OSError, RuntimeError, MemoryError) as e:
-        full = "allocate" in str(e) or isinstance(e, MemoryError)  # a card's memory or the CPU's
-        if isinstance(e, RuntimeError) and not full:
-            raise
-        print(f"eval.py: error: {'out of memory: lower --slots' if full else e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # the same command goes on
-        sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -48,10 +48,11 @@ with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting thread
         os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
 
 import datasets
+import pandas
 import torch
 import torch.nn.functional as F
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -121,9 +122,8 @@ class Config:
             kind = getattr(f.type, "__args__", (f.type,))[0]  # of float | None: float
             if value != f.default and type(value) not in (kind, int if kind is float else kind):
                 raise UserError(f"--{f.name} {value!r} is no {kind.__name__}")
-            if type(value) in (int, float) and not low <= value < high:
-                least = "above 0" if low == 1e-12 else f"at least {low}"
-                raise UserError(f"--{f.name} {value} must be {least} and below {high}")
+            if kind in (int, float) and value is not None and not low <= value < high:
+                raise UserError(f"--{f.name} {value} must be at least {low:g} and below {high:g}")
             if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
                 raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
         if self.prompts % self.mini_batches:
@@ -139,9 +139,9 @@ class Config:
         """Names of the objective's arguments: each is a field of Config or a key of the batch."""
         return inspect.signature(OBJECTIVES[self.objective]).parameters
 
-LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
+LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
@@ -267,9 +267,7 @@ def credit(logp, batch, config):
 
 def micro_batches(batch, rows, config):
     """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens once padded.
-
-    Those of a group stay neighbours, to share their prompt; groups of like length go together.
-    """
+    Those of a group stay neighbours, to share their prompt; groups of like length go together."""
     longest, parts = batch["lengths"].amax(-1), []  # of each group
     longest = longest.repeat_interleave(batch["lengths"].shape[1]).tolist()
     for row in sorted(rows, key=lambda row: (longest[row], row)):
@@ -292,9 +290,7 @@ def token_logprobs(model, batch, rows, config):
            [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
 
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
-    Recomputed activations (low_memory, so all presets but tiny) allow no cache: there each rollout
-    has a copy of its prompt.
-    The LM head takes 512 tokens at a time, so that the logits of all never exist together.
+    Recomputed activations (low_memory) allow no cache: there each rollout copies its prompt.
     """
     for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
         module.training = isinstance(module, GradientCheckpointingLayer)
@@ -320,7 +316,7 @@ def token_logprobs(model, batch, rows, config):
             input_ids=torch.cat([last, completions[:, :-1]], 1), position_ids=first + column[:T],
             attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
             past_key_values=cache)[0]
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # 512 tokens at a time: logits of all would not fit
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
               for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
     return logp.masked_scatter(F.pad(mask, (0, logp.shape[1] - T)), torch.cat(chunks))
@@ -357,7 +353,6 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
-    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
@@ -380,7 +375,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             free = (slots - len(active)) // G
             new, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
+            new = [[q * G + g, int(prompts[q][-1]), len(prompts[q]) - 1, 0]
+                   for q in new for g in range(G)]  # the last prompt token is read again
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
@@ -872,57 +868,47 @@ def read_run(folder):
     return found if isinstance(found, dict) and found.get("made_by") == "real.py" else {}
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, metrics.png and checkpoint-NNNNNN.
-
-    Nothing else in it is touched. A lock on .lock gives it to one process at a time.
-    """
-
-    FIXED = (*LOSS, "objective", "kl_ref", "kl_old", "prompts", "group_size", "mini_batches",
-             "temperature", "seed")
+    """A run's folder: config.json, metrics.jsonl, samples.jsonl, metrics.png, checkpoint-NNNNNN.
+    Nothing else in it is touched. A lock on .lock gives it to one process at a time."""
 
     def __init__(self, config):
         self.config, self.path, self.old = config, config.folder, read_run(config.folder)
+        self.signal, self.skipped, self.unmixed = 0, 0, 0
+        self.checkpoint = max(self.checkpoints(), default=None)
+        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
         others = self.path.exists() and set(os.listdir(self.path)) - {".lock", ".part"}
-        changed = [f"--{k} {self.old.get(k)}" for k in self.FIXED
-                   if self.old.get(k) != getattr(config, k)]
         self.refuse_if(others and not self.old, "holds files, but no run of real.py")
         self.refuse_if(config.resume and not self.old, "holds no run to resume")
         self.refuse_if(self.old and not config.resume, "holds a run already: --resume goes on")
-        self.refuse_if(self.old and changed, f"was started with {', '.join(changed)}; keep that")
-        self.checkpoint = max(self.checkpoints(), default=None)
-        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
         self.refuse_if(self.done >= config.steps, f"has done {self.done} steps; set more --steps")
-        self.signal, self.skipped, self.unmixed, self.told = 0, 0, 0, set()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            self.refuse_if(True, "is in use by another run")
+        self.lock = FileLock(self.path / ".lock", timeout=0)
 
     def refuse_if(self, wrong, what):
         if wrong:
             raise UserError(f"--output_dir {self.path} {what}")
 
-    def __enter__(self):
-        def stop(number, frame):
-            if self.signal == number:
-                os._exit(128 + number)
-            self.signal = number
-            print("\nStopping after this step. Once more to leave at once.", file=sys.stderr)
+    def checkpoints(self):
+        found = self.path.glob("checkpoint-*")
+        return [path for path in found if re.fullmatch(r"checkpoint-\d{6}", path.name)]
 
+    def __enter__(self):
+        with reading(f"{self.path}, in use by another run"):
+            self.lock.acquire()
         names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-        self.handlers = {name: signal.signal(getattr(signal, name), stop) for name in names}
+        self.handlers = {name: signal.signal(getattr(signal, name), self.stop) for name in names}
         return self
+
+    def stop(self, number, frame):
+        if number == self.signal == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nStopping after this step. Ctrl-C once more to leave at once.", file=sys.stderr)
 
     def __exit__(self, *error):
         for name, handler in self.handlers.items():
             signal.signal(getattr(signal, name), handler)
         self.lock.release()
-
-    def checkpoints(self):
-        found = self.path.glob("checkpoint-*")
-        return [path for path in found if re.fullmatch(r"checkpoint-\d{6}", path.name)]
 
     def start(self, model, optimizer, problems):
         """Read the last input, the state of a checkpoint; from here on the folder is written."""
@@ -938,57 +924,52 @@ class Run:
                     adam = optimizer.state.get(w, {"exp_avg": w, "exp_avg_sq": w})
                     if {saved.shape, adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {w.shape}:
                         raise ValueError("a weight has another shape")
-                    w.data.copy_(saved)
-                    p.data.copy_(w.data)
+                    p.data.copy_(w.data.copy_(saved))
         fingerprint = zlib.crc32(json.dumps(problems).encode())
         self.refuse_if(self.old.get("problems", fingerprint) != fingerprint,
                        "was started with other problems, or in another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
         files = {"config.json": json.dumps(settings, indent=2)}
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
-            file = self.path / name
-            with reading(file):
-                lines = file.read_text().splitlines(True) if file.exists() else []
-                files[name] = "".join(
-                    x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.done)
+            with reading(self.path / name), (self.path / name).open("a+") as file:
+                file.seek(0)
+                files[name] = "".join(line for line in file if line.endswith("}\n")
+                                      and json.loads(line)["step"] <= self.done)
         for name, text in files.items():  # in one move: a kill leaves the old one or the new one
             (self.path / ".part").write_text(text)
             (self.path / ".part").replace(self.path / name)
         n, c = model.num_parameters(), self.config
         self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
         tqdm.write(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
-            f"{len(problems):,} problems, {c.prompts} x {c.group_size} rollouts a step\n"
-            f"{self.path} will keep {c.keep} checkpoints ({self.size})")
+                   f"{len(problems):,} problems, {c.prompts} x {c.group_size} rollouts a step\n"
+                   f"{self.path} will keep {c.keep} checkpoints ({self.size})")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
         row = {"step": step} | {k: float(v) for k, v in row.items()}
-        problem, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
-        sample = {"step": step, "problem": problem["problem"], "answer": problem["answer"],
-                  "texts": texts, "labels": labels.int().tolist()}
+        sample = {"step": step} | {k: batch["problems"][0][k] for k in ("problem", "answer")}
+        sample |= {"texts": batch["texts"][0], "labels": batch["labels"][0].int().tolist()}
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
         for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if step % 20 == 1:
-            tqdm.write(f"\n{problem['problem'][:200]!r}  ->  {texts[0][-200:]!r}  "
-                f"{'right' if labels[0] else 'wrong'}\n\n step  reward  mixed  cut off  entropy  "
-                "length    s_bar+    s_bar-  max|W|  seconds  Pass@1")
+            end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
+            tqdm.write(f"\n{sample['problem'][:200]!r} -> {sample['texts'][0][-200:]!r} "
+                       f"{'right' if sample['labels'][0] else 'wrong'}\n"
+                       f"A step takes {row['seconds']:.1f} s; the last would end {end}\n\n step"
+                       "  reward  mixed  cut off  entropy  length    s_bar+    s_bar-  max|W|"
+                       "  seconds  Pass@1")
         tqdm.write(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
-             "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
-             "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
+            "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
+            "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
         self.unmixed = 0 if row["mixed"] else self.unmixed + 1
         self.skipped = self.skipped + row["skipped"] if row["skipped"] else 0
-        end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
-        notes = {f"A step takes {row['seconds']:.0f} s, the last ends {end}": row["seconds"] > 20,
-                 "Half of the rollouts are cut off: raise --max_new_tokens": row["cut_off"] >= 0.5,
-                 "Five steps had no group of right and wrong answers, so they taught nothing: too "
-                 "hard or too easy problems, or the wrong --answer_column": self.unmixed == 5,
-                 "An update that was not finite left the weights alone": self.skipped}
-        for note, due in notes.items():
-            if due and note[:10] not in self.told:
-                tqdm.write(note)
-                self.told.add(note[:10])
+        if self.unmixed == 5:
+            tqdm.write("Five steps without a mixed group taught nothing: the problems are too hard "
+                       "or too easy, or --answer_column is another one")
+        if row["cut_off"] >= 0.5 and step % 20 == 1:
+            tqdm.write("Half of the answers are cut off: raise --max_new_tokens")
         if self.skipped >= 3:
             raise UserError(f"step {step}: three updates not finite; --resume with a lower --lr")
 
@@ -996,45 +977,43 @@ class Run:
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
-        names = [name for name, _ in model.named_parameters()]
+        state = {name: w.to("cpu", model.own_dtype)
+                 for (name, _), w in zip(model.named_parameters(), weights)}
         try:
             shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside, state_dict={
-                name: w.to("cpu", model.own_dtype) for name, w in zip(names, weights)})
+            model.save_pretrained(aside, state_dict=state)
             model.config.dtype = model.own_dtype
             model.config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            torch.save({"weights": weights, "adam": optimizer.state_dict()["state"]},
-                       aside / "trainer.pt")
+            adam = optimizer.state_dict()["state"]
+            torch.save({"weights": weights, "adam": adam}, aside / "trainer.pt")
             getattr(os, "sync", int)()  # on the disk before it gets its name
             aside.rename(final)
         except Exception as e:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(f"cannot save {final} ({self.size}): {e}; the others are whole")
-        older = sorted(self.checkpoints())[:-1]
+        older = sorted(self.checkpoints(), reverse=True)[1:]
         for folder in older:
             (folder / "trainer.pt").unlink(missing_ok=True)
-        for folder in older[: max(0, len(older) + 1 - self.config.keep)]:
+        for folder in older[self.config.keep - 1 :]:
             shutil.rmtree(folder.rename(aside))
 
     def finish(self):
         """Draw the log, say what the run did or how to go on. Returns the log's last row."""
         rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
         if rows[-1]["step"] < self.config.steps:  # a signal
-            command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume",
-                                  "--output_dir", str(self.path)])
-            print(f"Saved. Go on with: cd {shlex.quote(os.getcwd())} && {command}", file=sys.stderr)
+            go_on = [sys.executable, os.path.abspath(__file__), "--resume", "--output_dir"]
+            print(f"Saved. Go on with: cd {shlex.quote(os.getcwd())} && "
+                  f"{shlex.join([*go_on, str(self.path)])}", file=sys.stderr)
             raise SystemExit(128 + self.signal)
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
-            figure = Figure(figsize=(13, 3), layout="constrained")
-            for axis, keys in zip(figure.subplots(1, 4), (
-                    "reward pass@1", "entropy", "response_length", "s_positive s_negative")):
-                for key in keys.split():
-                    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-                    axis.plot(*zip(*points), "o-" if key == "pass@1" else "-", label=key)
-                axis.set_xlabel("step")
-                axis.legend()
+            figure, table = Figure(figsize=(13, 3), layout="constrained"), pandas.DataFrame(rows)
+            for axis, (unit, *keys) in zip(figure.subplots(1, 4), (
+                    ("share that is right", "reward", "pass@1"), ("nats", "entropy"),
+                    ("tokens", "response_length"), ("log-ratio", "s_positive", "s_negative"))):
+                columns = table.reindex(columns=["step", *keys])
+                columns.plot("step", ax=axis, style=".-", ylabel=unit)
             figure.savefig(self.path / "metrics.png")
         if "pass@1_before" in rows[0] and "pass@1" in rows[-1]:
             tqdm.write("Pass@1 {:.2f} -> {:.2f} in {:.0f} s".format(
@@ -1057,16 +1036,15 @@ PRESETS = {  # what each of them takes, and what to expect: README
         model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
         eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
         temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
-    "1.5b": PAPER | dict(
-        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48, eval_samples=4,
-        micro_batch_tokens=16384,
+    "1.5b": PAPER | ONE_CARD | dict(
+        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48,
         eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
     "paper-7b": PAPER | dict(
         model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
         micro_batch_tokens=36864)}
 
 def parse(argv=None):
-    """The configuration a command line asks for: flags over a run's settings over a preset."""
+    """The configuration a command line asks for: flags over a run's settings over a preset's."""
     def read():
         return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"})
 
@@ -1078,19 +1056,16 @@ def parse(argv=None):
                         f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     with reading("config.json"):  # edited by hand, perhaps
-        known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
         saved = read_run(read().folder) if args.resume else {}
+        known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
         config = read()
     if config.eval_every and config.eval_dataset == TINY != config.dataset:
-        raise UserError("--eval_dataset: name held-out problems to go with --dataset, or set "
-                        "--eval_every 0")
+        raise UserError("--eval_dataset: name held-out problems for --dataset, or --eval_every 0")
     return config
 
 class Output:
-    """A stream of any encoding. Once nobody reads it (`| head`), stop as after SIGTERM."""
-
-    closed_early = False
+    """A stream of any encoding; once nobody reads it (`| head`), the run stops as after SIGTERM."""
 
     def __init__(self, stream):
         stream.reconfigure(errors="backslashreplace")
@@ -1099,39 +1074,40 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def flush(self):
-        """Every write flushes; the bar would keep the first stream's own flush for ever."""
-
     def write(self, text):
         try:
             self.stream.write(text)
             self.stream.flush()
         except OSError:
-            self.stream, first = open(os.devnull, "w"), not Output.closed_early
-            Output.closed_early = True
-            if first:
-                signal.raise_signal(signal.SIGTERM)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
-def main(argv=None):
-    """Train as the command line says. Bad input ends in one line and exit code 2."""
+@contextmanager
+def one_line_errors():
+    """Bad input ends in one line and exit code 2; a defect of ours shows its traceback."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        return train(parse(argv))
+        return (yield)
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
-        error = e
+        error = str(e)
     except (RuntimeError, MemoryError) as e:
-        if "allocate" not in str(e) + "allocate" * isinstance(e, MemoryError):  # CUDA and CPU
+        if "allocate" not in str(e) and not isinstance(e, MemoryError):  # CUDA says so, and the CPU
             raise
         sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
         flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
         error = f"out of memory while {'sampling' if sampling else 'updating'}: lower {flag}"
     except KeyboardInterrupt:  # before the run's folder is opened
         sys.exit(130)
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-    print(f"real.py: error: {line}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in error)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
+
+def main(argv=None):
+    """Train as the command line says."""
+    with one_line_errors():
+        return train(parse(argv))
 
 if __name__ == "__main__":
     main()

@@ -322,9 +322,10 @@ def test_bad_input_is_one_line_and_exit_2(flags, words, tmp_path, capsys):
 
 
 def test_out_of_memory_names_the_flag(tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
+    def sample(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
-    monkeypatch.setattr(real, "rollouts", full)
+    monkeypatch.setattr(real, "check_model", lambda *_: None)
+    monkeypatch.setattr(real, "sample", sample)
     with pytest.raises(SystemExit) as e:
         ev.main([*QUICK, "--output_dir", str(tmp_path)])
     assert e.value.code == 2 and "--slots" in capsys.readouterr().err

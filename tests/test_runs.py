@@ -235,22 +235,6 @@ def test_resume_takes_data_that_moved_and_refuses_other_problems(copy, tmp_path)
     assert train(copy, *GO_ON, "--dataset", moved)["step"] == 7
 
 
-@pytest.mark.parametrize("name", real.Run.FIXED)
-def test_resume_refuses_what_makes_a_run_another_run(name, copy):
-    saved = json.loads((copy / "config.json").read_text())
-    saved[name] = {"objective": "grpo", "as_printed": True, "mini_batches": 1}.get(name, 8)
-    saved = saved | ({"objective": "grpo"} if name.startswith("eps") else {})
-    saved = saved | ({"objective": "trpa"} if name == "beta" else {})
-    (copy / "config.json").write_text(json.dumps(saved))
-    before = contents(copy)
-    now = {k: v for k, v in saved.items() if k not in ("made_by", "problems")}
-    now |= {name: {"objective": "dapo", "as_printed": False, "mini_batches": 2}.get(name, 4),
-            "output_dir": str(copy), "resume": True}
-    with pytest.raises(UserError, match=f"--{name}"):
-        real.train(Config(**now))
-    assert contents(copy) == before
-
-
 def test_fewer_steps_than_done_are_refused(copy):
     for steps in (3, 6):
         assert "has done 6 steps" in refused(copy, "--resume", "--steps", steps)
