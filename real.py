@@ -131,8 +131,8 @@ class Config:
 
     @property
     def folder(self):
-        name = f"runs/{Path(self.model).name}-{self.objective}-seed{self.seed}"
-        return Path(self.output_dir or name)
+        default = f"runs/{Path(self.model).name}-{self.objective}-seed{self.seed}"
+        return Path(self.output_dir or default)
 
     @property
     def objective_arguments(self):
@@ -353,11 +353,24 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
     ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
+    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
-    while waiting or len(rollout):
-        for _ in range(every if len(rollout) else 0):  # a token of every slot
+    while True:
+        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
+        if len(active) <= 0.75 * len(rollout):
+            free = (slots - len(active)) // G
+            new, waiting = waiting[:free], waiting[free:]
+            cache.refill(model, active, [prompts[q] for q in new], G)
+            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
+            new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
+            old = torch.stack([rollout, token, at, t])[:, active]
+            rollout, token, at, t = torch.cat([old, new], 1)
+            cache.width = int(at.max()) if len(at) else 0
+        if not len(rollout):
+            break
+        for _ in range(every):  # a token of every slot
             cache.at, cache.width = at, min(cache.width + 1, cache.columns)
             see = torch.arange(cache.width, device=device) <= at[:, None]
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
@@ -367,20 +380,9 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
             rollout = rollout.masked_fill(done, total)
             t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
-        bar.update(every * len(rollout))
-        if len(rollout) and not logits.isfinite().all():
+        if not logits.isfinite().all():
             raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
-        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
-        if len(active) <= 0.75 * len(rollout):
-            free = (slots - len(active)) // G
-            new, waiting = waiting[:free], waiting[free:]
-            cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, int(prompts[q][-1]), len(prompts[q]) - 1, 0]
-                   for q in new for g in range(G)]  # the last prompt token is read again
-            new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
-            old = torch.stack([rollout, token, at, t])[:, active]
-            rollout, token, at, t = torch.cat([old, new], 1)
-            cache.width = int(at.max()) if len(at) else 0
+        bar.update(every * len(rollout))
     bar.close()
     ended = torch.isin(ids[:total], ends)
     mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
@@ -407,7 +409,7 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
     ids, mask = sample(model, prompts, group_size, ends, config.max_new_tokens, config.temperature,
                        top_p, config.slots)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
-             for group in zip(ids, mask)]
+             for group in zip(ids.cpu(), mask.cpu())]
     labels = [label(p, [p["opening"] + text for text in group])
               for p, group in zip(problems, texts)]
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
@@ -457,7 +459,6 @@ def train(config, label=label_group):
     Validation asks `label_group` in any case. Raises UserError, and SystemExit after Ctrl-C or
     SIGTERM once the step at work is saved.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
         model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
@@ -465,13 +466,14 @@ def train(config, label=label_group):
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         check_model(model, tokenizer, problems + held_out, config)
-        optimizer = make_optimizer(model.to(device), config)
+        optimizer = make_optimizer(model, config)
         run.start(model, optimizer, problems)
         reference = None  # the starting model, frozen
         if config.kl_ref or "ref_logp" in config.objective_arguments:
-            reference = load_model(config.model)[0].to(device)
+            reference = load_model(config.model)[0]
             if config.low_memory:
                 round_weights(reference)
+            reference.to(model.device)
         row = {}
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)
@@ -571,6 +573,7 @@ def round_weights(model):
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
+    Moves the model to a GPU if there is one.
 
     At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
     low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
@@ -579,7 +582,7 @@ def make_optimizer(model, config):
     weights = list(model.parameters())
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
-        round_weights(model)
+        round_weights(model)  # before it moves: a card need never hold fp32
         model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
@@ -592,6 +595,7 @@ def make_optimizer(model, config):
         for p, w in home.items():
             w.grad = torch.zeros_like(w)
             p.register_post_accumulate_grad_hook(move)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
         weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if config.low_memory:
