@@ -459,6 +459,7 @@ def train(config, label=label_group):
     Validation asks `label_group` in any case. Raises UserError, and SystemExit after Ctrl-C or
     SIGTERM once the step at work is saved.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
         model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
@@ -466,14 +467,13 @@ def train(config, label=label_group):
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         check_model(model, tokenizer, problems + held_out, config)
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model.to(device), config)
         run.start(model, optimizer, problems)
         reference = None  # the starting model, frozen
         if config.kl_ref or "ref_logp" in config.objective_arguments:
-            reference = load_model(config.model)[0]
+            reference = load_model(config.model)[0].to(device)
             if config.low_memory:
                 round_weights(reference)
-            reference.to(model.device)
         row = {}
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)
@@ -573,7 +573,6 @@ def round_weights(model):
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
-    Moves the model to a GPU if there is one.
 
     At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
     low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
@@ -582,7 +581,7 @@ def make_optimizer(model, config):
     weights = list(model.parameters())
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
-        round_weights(model)  # before it moves: a card need never hold fp32
+        round_weights(model)
         model.activation_checkpointing_enable()
         transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
@@ -595,7 +594,6 @@ def make_optimizer(model, config):
         for p, w in home.items():
             w.grad = torch.zeros_like(w)
             p.register_post_accumulate_grad_hook(move)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
         weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if config.low_memory:

@@ -46,7 +46,7 @@ def build(preset):
     model.generation_config.eos_token_id = None
     table = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     model.multiplied = model.num_parameters() - table  # weights that a token is multiplied by
-    return config, model, real.make_optimizer(model, config)
+    return config, model, real.make_optimizer(model.to(DEVICE), config)
 
 def timed(function, repeats=1):
     """Seconds a call, and the peak of reserved memory in GiB, which is what a cap counts."""
