@@ -40,7 +40,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting threads must not spin
@@ -931,15 +931,14 @@ class Run:
         self.refuse_if(self.old.get("problems", fingerprint) != fingerprint,
                        "was started with other problems, or in another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
-        files = {"config.json": json.dumps(settings, indent=2)}
+        (self.path / ".part").write_text(json.dumps(settings, indent=2))
+        (self.path / ".part").replace(self.path / "config.json")  # a kill leaves one of them whole
         for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
-            with reading(self.path / name), (self.path / name).open("a+") as file:
+            with reading(self.path / name), (self.path / name).open("a+b") as file:
                 file.seek(0)
-                files[name] = "".join(line for line in file if line.endswith("}\n")
-                                      and json.loads(line)["step"] <= self.done)
-        for name, text in files.items():  # in one move: a kill leaves the old one or the new one
-            (self.path / ".part").write_text(text)
-            (self.path / ".part").replace(self.path / name)
+                rows = takewhile(lambda row: row.endswith(b"}\n"), file)
+                done = takewhile(lambda row: json.loads(row)["step"] <= self.done, rows)
+                file.truncate(sum(map(len, done)))
         n, c = model.num_parameters(), self.config
         self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
         tqdm.write(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
