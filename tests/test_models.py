@@ -226,10 +226,3 @@ def test_what_cannot_be_trained_rightly_is_refused_at_the_start(name, model):
         assert train(model.parent / "run", "--model", model, *SHORT)
     else:
         assert "model" in refused(model)
-
-
-def test_a_tokenizer_that_loses_spaces_is_refused(model, monkeypatch):
-    kind = type(real.AutoTokenizer.from_pretrained(model))
-    decode = kind.decode
-    monkeypatch.setattr(kind, "decode", lambda *a, **k: decode(*a, **k).replace(" ", ""))
-    assert "loses spaces" in refused(model)
