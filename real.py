@@ -804,30 +804,29 @@ def read_column(row, column):
     return []
 
 def load_problems(tokenizer, config, path, split, least=1):
-    """Problems, dicts of problem, answer, prompt_ids, opening ("<think>" if the template's)."""
+    """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
     rows, problems, skipped = load_rows(path, config.dataset_config, split), [], []
-    columns = config.problem_column.split("+")
     for number, row in enumerate(rows, 1):
-        problem = "\n".join(text for column in columns for text in read_column(row, column))
-        golds = [text.rpartition("####")[2].strip()  # GSM8K has its answers after ####
-                 for text in read_column(row, config.answer_column)]
-        prompt = problem + SUFFIX * (SUFFIX.strip() not in problem)  # some hold it already
+        text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
+        golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
+        prompt = text + SUFFIX * (SUFFIX.strip() not in text)  # some hold it already
         with reading(f"{path}, row {number}"):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
-        if problem.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
-            problems.append({"problem": problem, "answer": golds if golds[1:] else golds[0],
+        if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
+            problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
             skipped.append(number)
     if skipped:
         tqdm.write(f"{path}: {len(skipped)} of {len(rows)} rows skipped, first row {skipped[0]}: "
                    "no problem, no usable answer, or over --max_prompt_tokens")
-    if len(problems) < least:
+    names = {name for row in rows if isinstance(row, dict) for name in row}
+    if len(problems) < least or {*re.findall(r"(?:^|\+)([^+.[]+)", config.problem_column)} - names:
         raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed; "
-                        f"set --answer_column, --problem_column for {str(rows[:1]):.200}")
+                        f"set --answer_column, --problem_column of {', '.join(sorted(names))}")
     return problems
 
 # ==== The run's folder ============================================================================

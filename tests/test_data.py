@@ -147,7 +147,8 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
 
 
 BAD = {  # case: (bytes of a .jsonl file, words of the error)
-    "another column": (b'{"question": "1+1", "answer": "2"}', "set --answer_column, --problem"),
+    "another column": (
+        b'{"question": "1+1", "answer": "2"}', "--problem_column of answer, question"),
     "broken JSON": (b'{"problem": "1+1", "answer": "2"}\n{"problem":\n', "line 2"),
     "not UTF-8": ('{"problem": "é", "answer": "2"}'.encode("latin-1"), "codec"),
     "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
@@ -168,7 +169,7 @@ def test_bad_data_is_one_line_that_names_the_file(case, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "0 usable rows"), (b"problem,answer\n", "0 usable rows"),
-    (b"problem;answer\n1;2\n", "set --answer_column"), (b"\xff\xfe\x00", ""),
+    (b"problem;answer\n1;2\n", "column of problem;answer"), (b"\xff\xfe\x00", ""),
     (b'problem,answer\n"1,2\n', "")])
 def test_bad_csv_is_one_line(content, words, tmp_path):
     assert words in refused(content, tmp_path, suffix="csv")
@@ -185,6 +186,15 @@ def test_a_csv_row_with_more_fields_than_the_header_is_skipped(row, tmp_path, ca
 def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
     found = load(b'problem,answer\n"f(1, 2)\n=?","1,000"\n', tmp_path, suffix="csv")
     assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
+
+
+@pytest.mark.parametrize("column", ["hint+question", "question+hint", "hint[0].x+question"])
+def test_a_joined_column_that_no_row_has_is_refused(column, tmp_path):
+    """Some rows may lack it, or have it empty; that all do is a slip of the pen."""
+    rows = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
+    assert "of answer, question" in refused(rows, tmp_path, problem_column=column)
+    rows[1]["hint"] = None
+    assert len(load(rows, tmp_path, problem_column=column)) == 2
 
 
 def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypatch):
