@@ -11,6 +11,7 @@ import sys
 import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import real
 from common import QUICK, one_line
@@ -60,6 +61,23 @@ def test_a_row_without_problem_is_skipped(row, tmp_path, capsys):
 def test_a_long_prompt_is_skipped(tmp_path, capsys):
     assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
     assert "first row 1" in capsys.readouterr().out
+
+
+def test_a_prompt_of_exactly_the_allowed_length_is_kept(tmp_path):
+    length = len(load([GOOD], tmp_path)[0]["prompt_ids"])
+    assert len(load([GOOD], tmp_path, max_prompt_tokens=length)) == 1
+    refused([GOOD], tmp_path, max_prompt_tokens=length - 1)
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_first_token_is_added_unless_the_template_writes_it(template, tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="first $A", special_tokens=[("first", 7)])
+    tokenizer.chat_template = template
+    expected = TOKENIZER("1+1" + real.SUFFIX).input_ids
+    found = load([GOOD], tmp_path, tokenizer)[0]["prompt_ids"]
+    assert found == (expected if template else [7, *expected])
 
 
 @pytest.mark.parametrize("written", [
