@@ -56,7 +56,7 @@ from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TINY = str(Path(__file__).parent / "tiny")
@@ -743,121 +743,88 @@ def reading(what):
     """Whatever a library raises about somebody's files becomes one line that names them."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as e:
-        cause = str(e).strip() or type(e).__name__
-        raise UserError(f"cannot use {what}: {cause.splitlines()[0]}") from e
+        cause = [*str(e).strip().splitlines(), type(e).__name__][0]
+        raise e if isinstance(e, UserError) else UserError(f"cannot use {what}: {cause}") from None
 
 def load_model(name):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
-    advice = " (delete it to go on from the one before)" * Path(name).name.startswith("checkpoint-")
+    advice = " (delete it to go on from the one before)" * ("checkpoint-" in str(name))
     with reading(f"model {name}{advice}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype or torch.float32
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-        if report["missing_keys"] or not own.is_floating_point:
-            raise ValueError(f"dtype {own}, missing weights: {sorted(report['missing_keys'])[:1]}")
-        if tokenizer.decode(tokenizer.encode("a b", add_special_tokens=False)) != "a b":
-            raise ValueError("its tokenizer loses spaces; update transformers (>= 5.8)")
-    model.own_dtype = own  # checkpoints are saved in it
-    return model, tokenizer
+            name, dtype="auto", trust_remote_code=False, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"it lacks {min(report['missing_keys'])}")
+    model.own_dtype = model.dtype  # checkpoints are saved in it
+    return model.float(), tokenizer
 
 def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-    for name in ("max_position_embeddings", "sliding_window"):
-        if 0 < (getattr(model.config, name, 0) or 0) < longest:
-            raise UserError(f"{name} of the model is less than the {longest} tokens that a prompt "
-                            "and --max_new_tokens take; lower the latter")
-    with reading(f"model {config.model}"):
-        known = model.get_input_embeddings().num_embeddings
-        if max(max(p["prompt_ids"]) for p in problems) >= known:
-            raise ValueError(f"its tokenizer has more tokens than its {known} embeddings")
+    for limit in ("max_position_embeddings", "sliding_window"):
+        if longest > (getattr(model.config, limit, 0) or longest):
+            raise UserError(f"{limit} of the model is below {longest}: lower --max_new_tokens")
+    with reading(f"model {config.model} with its tokenizer"):
+        ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
+        pair = [problems[0] | {"prompt_ids": q} for q in (ids, ids[1:])]  # the second is padded
         greedy = replace(config, max_new_tokens=4, temperature=1e-9)
-        batch = rollouts(model, tokenizer, problems[:2], 2, greedy, lambda q, texts: [0, 1])
-        logp = all_logprobs(model, batch, config)
-        for prompt, ids, mask, ours in zip(batch["prompts"], *(
-                x[:, 1] for x in (batch["completions"], batch["mask"], logp))):
-            logits = model.eval()(input_ids=torch.cat([prompt, ids])[None]).logits[0]
-            logits = logits[len(prompt) - 1 : -1][mask] / config.temperature  # (n, vocabulary)
-            own = logits.log_softmax(-1)
-            chosen = own.gather(-1, ids[mask][:, None])[:, 0]
-            error = torch.stack([chosen - ours[mask], own.amax(-1) - chosen]).abs().max()
-            if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
-                raise ValueError("it computes logits in another way than Qwen and Llama do")
+        batch = rollouts(model, tokenizer, pair, 2, greedy, lambda q, texts: [0, 1])
+        drawn, logp = batch["completions"][1, 1], all_logprobs(model, batch, config)[1, 1]
+        logits = model.eval()(torch.cat([batch["prompts"][1], drawn])[None]).logits[0]
+        logits = logits[-len(drawn) - 1 : -1] / config.temperature  # (tokens drawn, vocabulary)
+        error = (logits.log_softmax(-1).amax(-1) - logp)[batch["mask"][1, 1]].abs().max()
+        if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
+            raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def load_rows(path, name, split):
-    """Rows of a file, a folder or a hub data set, as dicts; numbers in text stay as written."""
+    """Rows of a file, a folder or a hub data set; numbers in text stay as written."""
     file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
-    kind = file.suffix[1:] if file.is_file() else ""
     with reading(f"data {path}"):
-        if kind in ("json", "jsonl"):
-            text = file.read_text(encoding="utf-8-sig").strip()
-            if not text.startswith("["):  # a row a line
-                text = "[" + ",\n".join(text.split("\n")) + "]"
-            return json.loads(text, parse_int=str, parse_float=str)
-        if kind == "csv":
-            with file.open(encoding="utf-8-sig", newline="") as table:
-                return list(csv.DictReader(table, strict=True))
-        if kind == "parquet":
-            return list(datasets.load_dataset(kind, data_files=str(file), split="train"))
-        return list(datasets.load_dataset(str(path), name, split=split))
+        if not file.is_file():
+            return list(datasets.load_dataset(str(path), name, split=split))
+        if file.suffix == ".parquet":
+            return list(datasets.Dataset.from_parquet(str(file)))
+        text = file.read_text(encoding="utf-8-sig").strip()
+        if file.suffix == ".csv":
+            rows = csv.DictReader(re.split("(?<=\n)", text), strict=True)
+            return [{} if None in row else row for row in rows]  # None: more fields than names
+        rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
+        return json.loads(rows, parse_int=str, parse_float=str)
 
 def read_column(row, column):
-    """row["prompt"][0]["content"] for prompt[0].content; None where there is no such place."""
-    for key in re.findall(r"[^.\[\]]+", column):
-        with suppress(LookupError, TypeError, ValueError):
+    """The texts at a place such as prompt[0].content; None, NaN and what is nested are none."""
+    with suppress(LookupError, TypeError, ValueError):
+        for key in re.findall(r"[^.\[\]]+", column):
             row = row[int(key) if isinstance(row, list) else key]
-            continue
-        return None
-    return row
+        found = row if isinstance(row, list) else [row]
+        return [str(x) for x in found if x == x and not isinstance(x, (dict, list, type(None)))]
+    return []
 
 def load_problems(tokenizer, config, path, split, least=1):
-    """Problems as dicts: problem, answer, prompt_ids, opening ("<think>" if the template wrote it).
-
-    A row without problem or usable answer, or over max_prompt_tokens, is skipped with a count.
-    """
-    rows = load_rows(path, config.dataset_config, split)
+    """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
+    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or None in row:
-            raise UserError(f"{path}, row {number}: its fields have no names")
-    names, problems, skipped = {name: 0 for row in rows for name in row}, [], []
-    for flag in ("problem_column", "answer_column"):
-        for column in getattr(config, flag).split("+"):
-            if rows and re.split(r"[.\[]", column)[0] not in names:
-                raise UserError(f"{path}: no column {column} in {', '.join(names)}; set --{flag}")
-    for number, row in enumerate(rows, 1):
-        found = [read_column(row, column) for column in config.problem_column.split("+")]
-        golds = read_column(row, config.answer_column)
-        golds = [str(gold).rpartition("####")[2].strip()  # GSM8K has its answers after ####
-                 for gold in (golds if isinstance(golds, list) else [golds])
-                 if gold is not None and gold == gold and not isinstance(gold, (dict, list))]
-        golds = [gold for gold in golds if gold]
+        text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
+        golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
+        prompt = text + SUFFIX * (SUFFIX.strip() not in text)  # some hold it already
         with reading(f"{path}, row {number}"):
-            chat = found[0]  # the column holds messages, or
-            if not isinstance(chat, list):
-                text = "\n".join(str(value) for value in found if value is not None)
-                chat = [{"role": "user", "content": text}]
-            problem = chat[-1]["content"]
-            text = problem + SUFFIX * (SUFFIX.strip() not in problem)  # some hold it already
-            if tokenizer.chat_template:
-                chat = [*chat[:-1], chat[-1] | {"content": text}]
-                text = tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, tokenize=False)  # writes BOS itself
-            ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
-        if problem.strip() and golds and len(ids) <= config.max_prompt_tokens:
-            problems.append({"problem": problem, "answer": golds if golds[1:] else golds[0],
-                             "prompt_ids": ids,
-                             "opening": "<think>" * text.rstrip().endswith("<think>")})
+            if tokenizer.chat_template:  # it writes BOS itself
+                prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                                       add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
+        if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
+            problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
+                             "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
             skipped.append(number)
     if skipped:
         tqdm.write(f"{path}: {len(skipped)} of {len(rows)} rows skipped, first row {skipped[0]}: "
                    "no problem, no usable answer, or over --max_prompt_tokens")
-    if len(problems) < least:
-        raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed")
+    names = {name for row in rows if isinstance(row, dict) for name in row}
+    if len(problems) < least or {*re.findall(r"(?:^|\+)([^+.[]+)", config.problem_column)} - names:
+        raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed; "
+                        f"set --answer_column, --problem_column of {', '.join(sorted(names))}")
     return problems
 
 # ==== The run's folder ============================================================================

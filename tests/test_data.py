@@ -1,6 +1,6 @@
 """Data: every row is a problem with an answer that can be right, or it is skipped and counted."""
 
-import csv
+import copy
 import datetime
 import decimal
 import io
@@ -11,6 +11,7 @@ import sys
 import datasets
 import pytest
 from hypothesis import given, settings, strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import real
 from common import QUICK, one_line
@@ -47,15 +48,36 @@ def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_pa
     assert "2 of 4 rows skipped, first row 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("problem", [None, "", " \n"])
-def test_a_row_without_problem_is_skipped(problem, tmp_path, capsys):
-    assert len(load([GOOD, {"problem": problem, "answer": "2"}], tmp_path)) == 1
+@pytest.mark.parametrize("row", [
+    *({"problem": problem, "answer": "2"} for problem in (
+        None, "", " \n", [], {}, [[]], float("nan"), [{"role": "user", "content": "1+1"}])),
+    {"answer": "2"}, {}, [], ["1+1", "2"], "problem", None, "7"], ids=repr)
+def test_a_row_without_problem_is_skipped(row, tmp_path, capsys):
+    """A chat is no text either: prompt[0].content names the text in it."""
+    assert len(load([GOOD, row], tmp_path)) == 1
     assert "1 of 2 rows skipped, first row 2" in capsys.readouterr().out
 
 
 def test_a_long_prompt_is_skipped(tmp_path, capsys):
     assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
     assert "first row 1" in capsys.readouterr().out
+
+
+def test_a_prompt_of_exactly_the_allowed_length_is_kept(tmp_path):
+    length = len(load([GOOD], tmp_path)[0]["prompt_ids"])
+    assert len(load([GOOD], tmp_path, max_prompt_tokens=length)) == 1
+    refused([GOOD], tmp_path, max_prompt_tokens=length - 1)
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_first_token_is_added_unless_the_template_writes_it(template, tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="first $A", special_tokens=[("first", 7)])
+    tokenizer.chat_template = template
+    expected = TOKENIZER("1+1" + real.SUFFIX).input_ids
+    found = load([GOOD], tmp_path, tokenizer)[0]["prompt_ids"]
+    assert found == (expected if template else [7, *expected])
 
 
 @pytest.mark.parametrize("written", [
@@ -82,32 +104,34 @@ def test_dates_decimals_and_integers_of_parquet_stay_as_written(tmp_path):
 @pytest.mark.parametrize("answer, wanted", [
     ("She has 3 * 4 = <<3*4=12>>12 eggs.\n#### 12", "12"), ("#### 1,000", "1,000"),
     ("a #### 1 #### 2", "2"), ("7", "7"), (["#### 3", "4"], ["3", "4"]), (["5"], "5"),
-    ([None, "5", ""], "5"), (True, "True")])
+    ([None, "5"], "5"), (["5", ""], ["5", ""]), (True, "True")])
 def test_the_answer_is_what_follows_the_hashes(answer, wanted, tmp_path):
     assert load([{"problem": "1+1", "answer": answer}], tmp_path)[0]["answer"] == wanted
+    assert not real.is_correct(r"\boxed{}", wanted)
 
 
-def test_a_chat_as_problem_is_read_as_a_chat(tmp_path):
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
-    found = load([{"prompt": chat, "answer": "2"}], tmp_path, problem_column="prompt")[0]
-    text = TOKENIZER.decode(found["prompt_ids"])
-    assert found["problem"] == "1+1" and text.count("1+1") == 1 and "role" not in text
-    assert text == TOKENIZER.apply_chat_template(
-        [chat[0], chat[1] | {"content": "1+1" + real.SUFFIX}], tokenize=False,
-        add_generation_prompt=True)
+def test_the_prompt_is_what_the_template_makes(tmp_path):
+    found = load([GOOD], tmp_path)[0]
     assert found["opening"] == "<think>"
+    assert TOKENIZER.decode(found["prompt_ids"]) == TOKENIZER.apply_chat_template(
+        [{"role": "user", "content": "1+1" + real.SUFFIX}], tokenize=False,
+        add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("chat", [
-    [], ["1+1"], [{"role": "user"}], [None], [[]],
-    *([{"role": "user", "content": content}]
-      for content in (None, [real.SUFFIX.strip()], {real.SUFFIX.strip(): 1}))], ids=repr)
-def test_a_chat_that_is_none_is_one_line_or_skipped(chat, tmp_path):
-    rows = [GOOD | {"problem": "1+1"}, {"problem": chat, "answer": "2"}]
-    try:
-        assert len(load(rows, tmp_path)) == 1
-    except UserError as e:
-        assert one_line(e) and "row 2" in str(e)
+@pytest.mark.parametrize("end, opening", [
+    ("<think>", "<think>"), ("<think>\n", "<think>"), ("<think>\n\n</think>\n\n", ""), ("", "")])
+def test_opening_is_the_think_that_the_template_wrote(end, opening, tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ messages[0].content }}" + end
+    assert load([GOOD], tmp_path, tokenizer)[0]["opening"] == opening
+
+
+def test_without_a_template_the_problem_alone_is_the_prompt(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    found = load([GOOD], tmp_path, tokenizer)[0]
+    assert found["prompt_ids"] == TOKENIZER("1+1" + real.SUFFIX).input_ids
+    assert found["opening"] == ""
 
 
 def test_the_instruction_is_not_added_twice(tmp_path):
@@ -141,15 +165,15 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
 
 
 BAD = {  # case: (bytes of a .jsonl file, words of the error)
-    "another column": (b'{"question": "1+1", "answer": "2"}', "no column problem in question"),
+    "another column": (
+        b'{"question": "1+1", "answer": "2"}', "--problem_column of answer, question"),
     "broken JSON": (b'{"problem": "1+1", "answer": "2"}\n{"problem":\n', "line 2"),
     "not UTF-8": ('{"problem": "é", "answer": "2"}'.encode("latin-1"), "codec"),
     "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
     "empty": (b"", "0 usable rows of 0"), "only blanks": (b"\n \n", "0 usable rows of 0"),
     "no answers": (b'{"problem": "1+1", "answer": ""}', "0 usable rows of 1"),
-    "rows that are lists": (b"[1]\n", "row 1: its fields"),
-    "rows that are texts": (b'"a"\n"b"', "row 1: its fields"),
-    "a null row": (b'{"problem": "1", "answer": "2"}\nnull', "row 2: its fields"),
+    "rows that are lists": (b"[1]\n", "0 usable rows of 1"),
+    "rows that are texts": (b'"a"\n"b"', "0 usable rows of 2"),
     "deep": (b"[" * 100_000, "recursion"), "a surrogate": (
         b'{"problem": "\\ud800", "answer": "2"}', "row 1"),
 }
@@ -163,25 +187,32 @@ def test_bad_data_is_one_line_that_names_the_file(case, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "0 usable rows"), (b"problem,answer\n", "0 usable rows"),
-    (b"problem;answer\n1;2\n", "no column"), (b"\xff\xfe\x00", ""),
+    (b"problem;answer\n1;2\n", "column of problem;answer"), (b"\xff\xfe\x00", ""),
     (b'problem,answer\n"1,2\n', "")])
 def test_bad_csv_is_one_line(content, words, tmp_path):
     assert words in refused(content, tmp_path, suffix="csv")
 
 
-@pytest.mark.parametrize("rows, number", [
-    ([["1+1", "2"], ["2+2", "4", "extra"]], 2), ([["1+1", "2", "extra"], ["2+2", "4", "more"]], 1)])
-def test_a_csv_row_with_more_fields_than_the_header_is_named(rows, number, tmp_path):
-    with (tmp_path / "data.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["problem", "answer"], *rows])
-    with pytest.raises(UserError, match=f"row {number}: its fields") as e:
-        real.load_problems(TOKENIZER, Config(), str(tmp_path / "data.csv"), "train")
-    assert one_line(e.value)
+@pytest.mark.parametrize("row", ["4,extra", "4,more,still"])
+def test_a_csv_row_with_more_fields_than_the_header_is_skipped(row, tmp_path, capsys):
+    """Its fields may have moved, as those of 1,000 without quotes do."""
+    content = f"problem,answer\n1+1,2\n2+2,{row}\n"
+    assert [p["answer"] for p in load(content.encode(), tmp_path, suffix="csv")] == ["2"]
+    assert "1 of 2 rows skipped, first row 2" in capsys.readouterr().out
 
 
 def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
     found = load(b'problem,answer\n"f(1, 2)\n=?","1,000"\n', tmp_path, suffix="csv")
     assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
+
+
+@pytest.mark.parametrize("column", ["hint+question", "question+hint", "hint[0].x+question"])
+def test_a_joined_column_that_no_row_has_is_refused(column, tmp_path):
+    """Some rows may lack it, or have it empty; that all do is a slip of the pen."""
+    rows = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
+    assert "of answer, question" in refused(rows, tmp_path, problem_column=column)
+    rows[1]["hint"] = None
+    assert len(load(rows, tmp_path, problem_column=column)) == 2
 
 
 def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypatch):
@@ -198,7 +229,7 @@ def test_a_column_that_does_not_exist_prints_no_control_characters(tmp_path, cap
     with pytest.raises(SystemExit):
         real.main([*QUICK, "--dataset", str(file), "--output_dir", str(tmp_path / "run")])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert one_line(said) and "question, a\\nb" in said
+    assert one_line(said) and "question" in said and "a\\nb" in said
 
 
 json_values = st.recursive(
@@ -218,8 +249,8 @@ def test_no_row_raises_anything_but_one_line(tmp_path_factory, rows):
         for problem in load(rows, folder):
             answers = problem["answer"]
             assert problem["problem"].strip() and problem["prompt_ids"] and answers
-            assert all(isinstance(a, str) and a.strip()
-                       for a in (answers if isinstance(answers, list) else [answers]))
+            answers = answers if isinstance(answers, list) else [answers]
+            assert all(isinstance(a, str) for a in answers) and any(a.strip() for a in answers)
     except UserError as e:
         assert str(e)
 
@@ -239,7 +270,7 @@ def test_no_column_raises(row, column):
 
 
 def test_a_number_without_end_in_a_column_is_no_traceback():
-    assert real.read_column({"a": ["x"]}, f"a[{'9' * 5000}]") is None
+    assert real.read_column({"a": ["x"]}, f"a[{'9' * 5000}]") == []
 
 
 @settings(max_examples=50)

@@ -228,8 +228,15 @@ def test_what_cannot_be_trained_rightly_is_refused_at_the_start(name, model):
         assert "model" in refused(model)
 
 
-def test_a_tokenizer_that_loses_spaces_is_refused(model, monkeypatch):
-    kind = type(real.AutoTokenizer.from_pretrained(model))
-    decode = kind.decode
-    monkeypatch.setattr(kind, "decode", lambda *a, **k: decode(*a, **k).replace(" ", ""))
-    assert "loses spaces" in refused(model)
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_model_that_is_sampled_wrongly_is_refused(call, model, monkeypatch):
+    """The second best token as one of the four that the check draws: log-probabilities agree."""
+    best, drawn = real.next_token, []
+
+    def second(logits, *settings):
+        drawn.append(best(logits, *settings))
+        return logits.topk(2).indices[:, 1] if len(drawn) == call else drawn[-1]
+
+    monkeypatch.setattr(real, "next_token", second)
+    assert "another way" in refused(model)
+    assert len(drawn) == 4
