@@ -65,6 +65,10 @@ SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{
 class UserError(ValueError):
     """Bad input, said in one line that names the flag, file or row and what to do; exit code 2."""
 
+def refuse_if(wrong, what):
+    if wrong:
+        raise UserError(what)
+
 # ==== Configuration ===============================================================================
 
 def arg(default, help):
@@ -115,19 +119,20 @@ class Config:
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        if self.objective not in list(OBJECTIVES):
-            raise UserError(f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
+        refuse_if(self.objective not in list(OBJECTIVES),
+                  f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
             kind = getattr(f.type, "__args__", (f.type,))[0]  # of float | None: float
-            if value != f.default and type(value) not in (kind, int if kind is float else kind):
-                raise UserError(f"--{f.name} {value!r} is no {kind.__name__}")
-            if kind in (int, float) and value is not None and not low <= value < high:
-                raise UserError(f"--{f.name} {value} must be at least {low:g} and below {high:g}")
-            if f.name in LOSS and value != f.default and f.name not in self.objective_arguments:
-                raise UserError(f"--{f.name} is not a setting of --objective {self.objective}")
-        if self.prompts % self.mini_batches:
-            raise UserError(f"--prompts must be a multiple of --mini_batches {self.mini_batches}")
+            kinds = kind, int if kind is float else kind
+            refuse_if(value != f.default and type(value) not in kinds,
+                      f"--{f.name} {value!r} is no {kind.__name__}")
+            refuse_if(type(value) in (int, float) and not low <= value < high,
+                      f"--{f.name} {value} must be at least {low:g} and below {high:g}")
+            refuse_if(value != f.default and f.name in set(LOSS) - set(self.objective_arguments),
+                      f"--{f.name} is not a setting of --objective {self.objective}")
+        refuse_if(self.prompts % self.mini_batches,
+                  f"--prompts must be a multiple of --mini_batches {self.mini_batches}")
 
     @property
     def folder(self):
@@ -380,8 +385,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
             rollout = rollout.masked_fill(done, total)
             t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
-        if not logits.isfinite().all():
-            raise UserError("logits are not finite, the weights are ruined: start with lower --lr")
+        refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
         bar.update(every * len(rollout))
     bar.close()
     ended = torch.isin(ids[:total], ends)
@@ -763,8 +767,8 @@ def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     for limit in ("max_position_embeddings", "sliding_window"):
-        if longest > (getattr(model.config, limit, 0) or longest):
-            raise UserError(f"{limit} of the model is below {longest}: lower --max_new_tokens")
+        refuse_if(longest > (getattr(model.config, limit, 0) or longest),
+                  f"{limit} of the model is below {longest}: lower --max_new_tokens")
     with reading(f"model {config.model} with its tokenizer"):
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
         pair = [problems[0] | {"prompt_ids": q} for q in (ids, ids[1:])]  # the second is padded
@@ -793,11 +797,12 @@ def load_rows(path, name, split):
         return json.loads(rows, parse_int=str, parse_float=str)
 
 def read_column(row, column):
-    """The texts at a place such as prompt[0].content; None, NaN and what is nested are none."""
+    """The texts at a place such as prompt[0].content; of a chat, all that its messages say."""
     with suppress(LookupError, TypeError, ValueError):
         for key in re.findall(r"[^.\[\]]+", column):
             row = row[int(key) if isinstance(row, list) else key]
         found = row if isinstance(row, list) else [row]
+        found = [x.get("content") if isinstance(x, dict) else x for x in found]
         return [str(x) for x in found if x == x and not isinstance(x, (dict, list, type(None)))]
     return []
 
@@ -822,9 +827,10 @@ def load_problems(tokenizer, config, path, split, least=1):
         tqdm.write(f"{path}: {len(skipped)} of {len(rows)} rows skipped, first row {skipped[0]}: "
                    "no problem, no usable answer, or over --max_prompt_tokens")
     names = {name for row in rows if isinstance(row, dict) for name in row}
-    if len(problems) < least or {*re.findall(r"(?:^|\+)([^+.[]+)", config.problem_column)} - names:
-        raise UserError(f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed; "
-                        f"set --answer_column, --problem_column of {', '.join(sorted(names))}")
+    unknown = {*re.findall(r"(?:^|\+)([^+.[]+)", config.problem_column)} - names
+    refuse_if(unknown or len(problems) < least,
+              f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed; set "
+              f"--answer_column, --problem_column of {', '.join(sorted(names))}")
     return problems
 
 # ==== The run's folder ============================================================================
@@ -846,16 +852,12 @@ class Run:
         self.checkpoint = max(self.checkpoints(), default=None)
         self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
         others = self.path.exists() and set(os.listdir(self.path)) - {".lock", ".part"}
-        self.refuse_if(others and not self.old, "holds files, but no run of real.py")
-        self.refuse_if(config.resume and not self.old, "holds no run to resume")
-        self.refuse_if(self.old and not config.resume, "holds a run already: --resume goes on")
-        self.refuse_if(self.done >= config.steps, f"has done {self.done} steps; set more --steps")
+        refuse_if(others and not self.old, f"{self.path} holds files, but no run of real.py")
+        refuse_if(config.resume and not self.old, f"{self.path} holds no run to resume")
+        refuse_if(self.old and not config.resume, f"{self.path} holds a run: --resume goes on")
+        refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} steps, all")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", timeout=0)
-
-    def refuse_if(self, wrong, what):
-        if wrong:
-            raise UserError(f"--output_dir {self.path} {what}")
 
     def checkpoints(self):
         found = self.path.glob("checkpoint-*")
@@ -895,8 +897,8 @@ class Run:
                         raise ValueError("a weight has another shape")
                     p.data.copy_(w.data.copy_(saved))
         fingerprint = zlib.crc32(json.dumps(problems).encode())
-        self.refuse_if(self.old.get("problems", fingerprint) != fingerprint,
-                       "was started with other problems, or in another order")
+        refuse_if(self.old.get("problems", fingerprint) != fingerprint,
+                  f"{self.path} was started with other problems, or in another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
         (self.path / ".part").write_text(json.dumps(settings, indent=2))
         (self.path / ".part").replace(self.path / "config.json")  # a kill leaves one of them whole
@@ -938,8 +940,7 @@ class Run:
                        "or too easy, or --answer_column is another one")
         if row["cut_off"] >= 0.5 and step % 20 == 1:
             tqdm.write("Half of the answers are cut off: raise --max_new_tokens")
-        if self.skipped >= 3:
-            raise UserError(f"step {step}: three updates not finite; --resume with a lower --lr")
+        refuse_if(self.skipped >= 3, "three updates were not finite: --resume with a lower --lr")
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
@@ -1019,17 +1020,17 @@ def parse(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
     args = parser.parse_args(argv)
-    if not args.preset and not args.resume and {args.model, args.dataset} != {TINY}:
-        raise UserError("another --model or --dataset needs the settings of a --preset, one of "
-                        f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
+    refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
+              "another --model or --dataset needs the settings of a --preset, one of "
+              f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     with reading("config.json"):  # edited by hand, perhaps
         saved = read_run(read().folder) if args.resume else {}
         known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
         config = read()
-    if config.eval_every and config.eval_dataset == TINY != config.dataset:
-        raise UserError("--eval_dataset: name held-out problems for --dataset, or --eval_every 0")
+    refuse_if(config.eval_every and config.eval_dataset == TINY != config.dataset,
+              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
     return config
 
 class Output:

@@ -50,12 +50,18 @@ def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_pa
 
 @pytest.mark.parametrize("row", [
     *({"problem": problem, "answer": "2"} for problem in (
-        None, "", " \n", [], {}, [[]], float("nan"), [{"role": "user", "content": "1+1"}])),
+        None, "", " \n", [], {}, [[]], float("nan"), [{"role": "user"}], [{"content": None}])),
     {"answer": "2"}, {}, [], ["1+1", "2"], "problem", None, "7"], ids=repr)
 def test_a_row_without_problem_is_skipped(row, tmp_path, capsys):
-    """A chat is no text either: prompt[0].content names the text in it."""
     assert len(load([GOOD, row], tmp_path)) == 1
     assert "1 of 2 rows skipped, first row 2" in capsys.readouterr().out
+
+
+def test_a_chat_as_problem_is_read_as_all_that_its_messages_say(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
+    chat, plain = load([{"problem": chat, "answer": "2"},
+                        {"problem": "Be brief.\n1+1", "answer": "2"}], tmp_path)
+    assert chat == plain
 
 
 def test_a_long_prompt_is_skipped(tmp_path, capsys):

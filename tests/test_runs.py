@@ -208,7 +208,7 @@ def test_going_on_from_the_checkpoint_before(copy):
 def test_a_start_beside_old_checkpoints_is_refused_whatever_else_is_gone(gone, copy):
     (copy / gone).unlink()
     said = refused(copy)
-    assert "holds a run already" in said or "holds files" in said
+    assert "holds a run: --resume" in said or "holds files" in said
 
 
 def test_resume_takes_a_lower_learning_rate(copy):
