@@ -601,14 +601,13 @@ def make_optimizer(model, config):
     return optimizer
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
-# Gold and reply are rewritten by SYMBOLS and RULES, split into their structure (list, set, tuple,
-# matrix, ...) and computed to 700 digits; equal forms are equal answers. A name (π, x, apple) is a
-# random number, what does not parse is text, and there is no algebra.
+# SYMBOLS and RULES rewrite gold and reply, which are then split into list, tuple, ... and computed
+# to 700 digits. A name (π, x, apple) is a random number; what does not parse is text. No algebra.
 SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − – ⁻|* × · \times \cdot|^ **|π pi \pi
-    |√ sqrt \sqrt|∞ infty \infty|± \pm|∪ \cup \bigcup|<≤< ≤ <= \le \leq \leqslant|= \approx \in|{ \{
-    |>≤> ≥ >= \ge \geq \geqslant|\ne \neq|, and or & \quad|),( \\|? @ ! \not|\frac \dfrac \tfrac
-    |0 ⁰|1 ¹|2 ²|3 ³|4 ⁴|5 ⁵|6 ⁶|7 ⁷|8 ⁸|9 ⁹|° \circ|@dollar \$|@percent % \% percent
-    |} \}|~ $ \( \) \left \right \displaystyle""".split("|")) for old in olds}
+    |√ sqrt \sqrt|∞ infty \infty|± \pm|∪ \cup \bigcup|<≤< ≤ <= \le \leq \leqslant|>≤> ≥ >= \ge \geq
+    \geqslant|= \approx \in|\ne \neq|, ; and or & \quad|),( \\|{ \{|} \}|? @ ! \not|~ $ \( \) \left
+    \right \displaystyle|\frac \dfrac \tfrac|0 ⁰|1 ¹|2 ²|3 ³|4 ⁴|5 ⁵|6 ⁶|7 ⁷|8 ⁸|9 ⁹|° \circ
+    |@dollar \$|@percent % \% percent""".split("|")) for old in olds}
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
 UNIT = (r"(?:(?:square|cubic) )?(?:[ck]m|mm|kg|ft|in|mph|inch|foot|feet|unit|yard|mile|pound|dollar"
         r"|cent|degree|second|minute|hour|day|week|year|(?:centi|kilo)?meter|liter|(?:kilo)?gram)")
@@ -633,7 +632,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
     (r"(?<![A-Za-z\\])@?[A-Za-z]{2,}( [A-Za-z]{2,})*",  # No solution -> nosolution
      lambda m: m[0].lower().replace(" ", "")),
-    (r"^ +|[ .,;:]+$", "")]]  # 5. -> 5
+    (r"^ +|[ .,:]+$", "")]]  # 5. -> 5
 NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
 TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
 GOLD_LHS = r"(\\?[A-Za-z]*(_{?\w+}?)? ?(\([A-Za-z, ]*\))? ?=)?"  # x =, f(x) =, (p, q) =
@@ -641,7 +640,7 @@ REPLY_LHS = r"((?=[^=]*[A-Za-z])([_^(]\d+|[^\d=,;?]|\([A-Za-z]+(, ?[A-Za-z]+)+\)
 D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
 PREFIX = {"+": (D.plus, 2), "-": (D.minus, 2), "√": (D.sqrt, 3), r"\frac": (D.divide, 3, 3)}
 INFIX = {"+": (D.add, 1), "-": (D.subtract, 1), "*": (D.multiply, 2), "/": (D.divide, 2),
-         "^": (lambda base, n: D.power(base, int(str(n))), 3)}  # 2^{1/2} is a ValueError
+         "^": (lambda x, n: D.power(x or 1 / 0, int(str(n))), 3)}  # 0^{-1}, 2^{1/2} are errors
 
 def _evaluate(tokens: list[str], level: int = 0) -> Decimal:
     """Precedence climbing over reversed tokens, up to a closing bracket."""
@@ -653,39 +652,38 @@ def _evaluate(tokens: list[str], level: int = 0) -> Decimal:
         value, _ = _evaluate(tokens), tokens.pop()
     else:  # the same name, the same number
         value = Decimal(random.Random(token).random() if NAME.fullmatch(token) else token)
-    while level < 3 and tokens[-1] not in ")}":
+    while tokens[-1] not in ")}" and INFIX.get(tokens[-1], INFIX["*"])[1] > level:
         if tokens[-1] not in INFIX and tokens[-1][0] not in ".0123456789":
             tokens.append("*")  # 2x is 2*x, but 5 6 is a KeyError
-        apply, tight = INFIX[tokens[-1]]
-        if tight <= level:
-            break
-        tokens.pop()
+        apply, tight = INFIX[tokens.pop()]
         value = apply(value, _evaluate(tokens, tight))
     return value
 
-def _split(text: str, marks: str) -> list[str]:
+def _split(text: str, mark: str) -> list[str]:
     """Split outside all brackets; nothing comes back where brackets do not match."""
     depths = [*accumulate((char in "([{") - (char in ")]}") for char in text)]
-    cut = ["\0" if depth == 0 and char in marks else char for char, depth in zip(text, depths)]
-    parts = "".join(cut).split("\0") if set(depths) <= set(range(30)) else []
+    cut = ("\0" if char == mark and not depth else char for char, depth in zip(text, depths))
+    parts = "".join(cut).split("\0") if set(depths) <= {*range(30)} else []
     return [part.strip() for part in parts if part.strip()]
 
 def _canonical(text: str) -> tuple:
     """The form of a rewritten answer."""
-    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",;")
+    text = text.strip()
+    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",")
     if inside and pair == "{}":
-        return _canonical(text[1:-1].strip())
-    items = [t.replace("±", s) for t in _split(text, ",;") for s in "+-"[:1 + ("±" in t)]]
-    for kind, parts in [(",", items), *((mark, _split(text, mark)) for mark in ("∪", "=", "<>"))]:
-        if len(parts) > 1:
-            forms = [*map(_canonical, parts)][::-1 if ">" in text else 1]  # x > 5 is 5 < x
-            forms = forms if kind == "<>" else sorted(forms, key=str)
+        return _canonical(text[1:-1])
+    items = (t.replace("±", s) for t in _split(text, ",") for s in "+-"[:1 + ("±" in t)])
+    text = ",".join(items) or text
+    for kind, mark in zip(",∪=<<", ",∪=<>"):  # x > 5 is 5 < x
+        if mark in text and len(parts := _split(text, mark)) > 1:
+            forms = [*map(_canonical, parts)][::-1 if mark == ">" else 1]
+            forms = forms if kind == "<" else sorted(forms, key=str)
             return forms[0] if kind == "=" and forms[0] == forms[-1] else (kind, *forms)
     if len(inside) > (pair != "[]") and pair in ("()", "[]", "(]", "[)"):  # (2,251,252); [(1,2)]
         return pair, *map(_canonical, inside)
     try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
         free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
-        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦,;") or "?"
+        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦") or "?"
         values = [_evaluate(TOKEN.findall(term + ")")[::-1]) for term in terms]
         return "value", *sorted(free), *sorted(v.normalize(Context(prec=700)) for v in values)
     except (ArithmeticError, LookupError, ValueError, RecursionError):
@@ -702,8 +700,8 @@ def _same(gold: str, reply: str) -> bool:
     readings = [("@", "@")]
     if ("@" in gold) != ("@" in reply):  # one of them has a unit
         readings = [(r"@[A-Za-z]*(/[a-z]+)?( ?\^ ?-?\d)?", " "), ("@percent", "/100")]
-    pairs = [(re.sub(unit, new, gold), re.sub(unit, new, reply)) for unit, new in readings]
-    return gold != "" and any(_canonical(g.strip()) == _canonical(r.strip()) for g, r in pairs)
+    forms = [{_canonical(re.sub(unit, new, t)) for t in (gold, reply)} for unit, new in readings]
+    return gold != "" and any(len(form) == 1 for form in forms)
 
 def extract_answer(response: str) -> str | None:
     r"""What is in the \boxed{} that closes last, after the last </think>; None in an open <think>.
