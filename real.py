@@ -605,14 +605,16 @@ def make_optimizer(model, config):
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
 # SYMBOLS and RULES rewrite gold and reply, which are then split into list, tuple, ... and computed
 # to 700 digits. A name (π, x, apple) is a random number; what does not parse is text. No algebra.
+# A group of SYMBOLS is a symbol and its other spellings.
 SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − – ⁻|* × · \times \cdot|^ **|π pi \pi
     |√ sqrt \sqrt|∞ infty \infty|± \pm|∪ \cup \bigcup|<≤< ≤ <= \le \leq \leqslant|>≤> ≥ >= \ge \geq
     \geqslant|= \approx \in|\ne \neq|, ; and or & \quad|),( \\|{ \{|} \}|? @ ! \not|~ $ \( \) \left
     \right \displaystyle|\frac \dfrac \tfrac|0 ⁰|1 ¹|2 ²|3 ³|4 ⁴|5 ⁵|6 ⁶|7 ⁷|8 ⁸|9 ⁹|° \circ
     |@dollar \$|@percent % \% percent""".split("|")) for old in olds}
 TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
-UNIT = (r"(?:(?:square|cubic) )?(?:[ck]m|mm|kg|ft|in|mph|inch|foot|feet|unit|yard|mile|pound|dollar"
-        r"|cent|degree|second|minute|hour|day|week|year|(?:centi|kilo)?meter|liter|(?:kilo)?gram)")
+UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdk]m|mm|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard"
+        r"|mile|pound|ounce|dollar|cent|degree|sec|second|min|minute|hr|hour|day|week|month|year"
+        r"|way|point|student|(?:(?:centi|milli|kilo)?(?:meter|metre|liter|gram)))")
 RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(\\left ?[([] *)?\\begin\{([pb]matrix|array\}\{[clr|]+)\}", "[("),  # \begin{pmatrix}1 -> [(1
     (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
