@@ -5,7 +5,6 @@ jupyter nbconvert --to notebook --execute --inplace notebook.ipynb
 """
 
 import ast
-import base64
 import functools
 import inspect
 import re
@@ -146,14 +145,40 @@ def test_outputs_are_committed_whole_and_without_errors():
     )
 
 
-def test_the_readme_shows_a_figure_of_the_notebook():
-    pictures = [
-        base64.b64decode(o.data["image/png"])
-        for c in CODE
-        for o in c.outputs
-        if "image/png" in o.get("data", {})
-    ]
-    assert (ROOT / "tests" / "experiments" / "logs" / "one_group.png").read_bytes() in pictures
+BODY = CELLS[: cell_of("^## Appendix")]
+
+
+def test_it_is_one_evening():
+    text = [cell.source for cell in BODY if cell.cell_type == "markdown"]
+    code = [cell.source for cell in BODY if cell.cell_type == "code"]
+    assert len(BODY) <= 100
+    assert len(" ".join(text).split()) <= 3800
+    assert len([line for line in "\n".join(code).splitlines() if line.strip()]) <= 650
+
+
+def test_a_model_learns_first_and_the_loss_of_real_is_near():
+    shown = [i for i, cell in enumerate(BODY) if re.search(r"show\(real\.real\b", cell.source)]
+    run = [i for i, cell in enumerate(BODY) if "real.train(" in cell.source]
+    assert run[0] < cell_of(r"\\tag\{") and shown[0] <= 20
+
+
+def test_plotting_is_in_one_hidden_cell():
+    plotting = [c for c in BODY if c.cell_type == "code" and re.search(r"plt\.|axis\.", c.source)]
+    assert [cell.metadata.get("jupyter") for cell in plotting] == [{"source_hidden": True}]
+
+
+def test_every_section_asks_for_a_guess_and_every_fold_is_closed():
+    text = "\n".join(cell.source for cell in BODY if cell.cell_type == "markdown")
+    *sections, last = re.split(r"^## ", text, flags=re.M)[1:]  # the last one sums up
+    assert len(sections) >= 8 and all("**Predict" in section for section in sections)
+    assert text.count("<details><summary>") == text.count("</details>") >= 5
+
+
+def test_every_link_leads_to_a_file():
+    text = "\n".join(cell.source for cell in CELLS if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https://)([^)]+)\)", text)
+    assert any("assignments" in link for link in links)
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.notebook

@@ -18,7 +18,7 @@ def read(name):
 
 
 def append(name, rows, keys, **run):
-    """Add a run with these keys of its rows, numbers rounded to 5 digits after the point."""
+    """Add a run with these keys of its rows, numbers rounded to 5 digits."""
     columns = {k: [rounded(row.get(k)) for row in rows] for k in keys}
     LOGS.mkdir(exist_ok=True)
     with (LOGS / f"{name}.jsonl").open("a") as out:
@@ -30,4 +30,4 @@ def rounded(x):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, list):
         return [rounded(v) for v in x]
-    return round(x, 5) if isinstance(x, float) else x
+    return float(f"{x:.5g}") if isinstance(x, float) else x

@@ -1,195 +1,291 @@
-"""The paper's comparisons in miniature: every method and ablation on the embedded model.
+"""REAL beside its rivals on the embedded model, by the plan of plan.md.
 
     pip install scipy
-    python tests/experiments/study.py             # missing runs (hours on 2 cores), then the tables
-    python tests/experiments/study.py --tables    # the tables alone, from logs/study.jsonl
+    python tests/experiments/study.py            # missing runs (hours on 2 cores), then the tables
+    python tests/experiments/study.py --tables   # the tables alone, from logs/study.jsonl
 
-Five seeds each, three with large steps. A finished run is a line of logs/study.jsonl, and a run
-that is there is not repeated. The learning rate of each method is the one of four that does best in
-a sweep with a seed of its own (mean of the Pass@1 after half the steps and after all of them);
-variants of REAL use REAL's.
+A finished run is a line of logs/study.jsonl, and a run that is there is not repeated.
+logs/study_first.jsonl is the study as it was before the plan.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import real  # noqa: E402
 import runlog  # noqa: E402
 
+KL = 0.001
 
-def real_frozen(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False):
+
+def real_frozen(logp, old_logp, mask, labels, *, tau=0.5):
     """REAL with its credit frozen at s_bar = 0: the gradient of a step's first update in all."""
-    frozen = old_logp + logp - logp.detach()
-    return real.real(frozen, old_logp, mask, labels, tau=tau, as_printed=as_printed)
+    return real.real(old_logp + logp - logp.detach(), old_logp, mask, labels, tau=tau)
 
 
-def grpo_frozen(logp, old_logp, mask, labels):
-    """GRPO likewise: advantage times log-probability, no ratio, no clip."""
-    return real.grpo(old_logp + logp - logp.detach(), old_logp, mask, labels)
+def with_kl_on_mixed(objective):
+    """The objective plus a KL to the starting model that leaves uniform groups alone."""
+    def loss(logp, old_logp, mask, labels, *, ref_logp):
+        to_ref = real.token_mean(real.k3(logp, ref_logp, mask), mask).mean(-1)  # (Q,)
+        on_mixed = torch.where(real.is_mixed(labels), to_ref, 0.0).mean()
+        return objective(logp, old_logp, mask, labels) + KL * on_mixed
+    return loss
 
 
-real.OBJECTIVES |= {"real_frozen": real_frozen, "grpo_frozen": grpo_frozen}
+real.OBJECTIVES |= {"real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
+                    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
-METHODS["GRPO"]["kl_ref"] = 0.001  # Eq. 1
-FROZEN = {"frozen credit": {"objective": "real_frozen"}}
-WHY = {  # what separates GRPO from REAL: drift and KL, or the size of its clipped gradients
-    "GRPO, frozen credit": {"objective": "grpo_frozen"},
-    "GRPO, equal steps": METHODS["GRPO"] | {"grad_clip": 0.2}}
-VARIANTS = {  # of REAL; the paper does not give the weight of its KL terms
-    "BCE": {"objective": "real_bce"}, "no anchor": {"objective": "real_no_anchor"},
-    "tau 0.1": {"tau": 0.1}, "tau 1.0": {"tau": 1.0},
-    "KL to reference": {"kl_ref": 0.01}, "KL to old": {"kl_old": 0.01}, **FROZEN}
+WIDE = {"GSPO, clip x 10": {"objective": "gspo", "eps_low": 0.003, "eps_high": 0.004}}
+KL_ARMS = {"REAL, KL on all groups": {"objective": "real", "kl_ref": KL},
+           "REAL, KL on mixed groups": {"objective": "real_kl_mixed"},
+           "GRPO, KL on all groups": {"objective": "grpo", "kl_ref": KL},
+           "GRPO, KL on mixed groups": {"objective": "grpo_kl_mixed"}}
+UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the first five steps
+RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
-STALE = dict(mini_batches=16, warmup=80)  # 16 updates on one question each; warm-up as many steps
-RATES = (2.5e-5, 5e-5, 1e-4, 2e-4)
-SEEDS, SWEEP_SEED = range(5), 100
-KEYS = ("step pass@1 pass@1_before reward entropy solved response_length grad_norm ratio_shares "
-        "s_over_tau").split()
+OUTCOME = (20, 30, 40)  # the steps whose Pass@1 is the outcome; the one at step 10 is not computed
+SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), 100, 1
+BAND = 0.01
+SILENT = {"real", "grpo", "dapo", "gspo", "real_frozen", "real_kl_mixed", "grpo_kl_mixed"}
+KEYS = ("step pass@1 reward mixed entropy solved response_length grad_norm s_over_tau skipped "
+        "clipped update_norms").split()
 
 
-def sweep(experiment, methods, rates=RATES, **settings):
-    return [(experiment, f"{name} at {lr:g}", SWEEP_SEED, m | settings | {"lr": lr})
+# ==== What is run ================================================================================
+
+def sweep(updates, methods, rates):
+    return [(f"sweep{updates}", f"{name} at {lr:g}", SWEEP_SEED, m | UPDATES[updates] | {"lr": lr})
             for name, m in methods.items() for lr in rates]
 
 
-def seeds(experiment, methods, rate_of, factor=1, seeds=SEEDS, **settings):
-    return [(experiment, name, seed, m | settings | {"lr": rate_of(name) * factor})
-            for seed in seeds for name, m in methods.items()]
+def seeds(experiment, updates, arms, rate, seeds=SEEDS):
+    """Runs of arms {name: settings}; rate(name) is the learning rate."""
+    return [(experiment, name, seed, m | UPDATES[updates] | {"lr": rate(name)})
+            for name, m in arms.items() for seed in seeds]
 
 
-def best_rate(experiment, method):
-    """The learning rate of the sweep whose mean Pass@1 (half the steps, all steps) is highest."""
-    runs = {name.rpartition(" at ")[2]: runs[0] for name, runs in read(experiment).items()
-            if name.startswith(method)}
-    return float(max(runs, key=lambda lr: sum(
-        row["pass@1"] for row in runs[lr] if row["step"] in (20, 40))))
+def swept(updates, method):
+    """{learning rate: outcome} of a method's sweep, rates rising."""
+    runs = {float(arm.rpartition(" at ")[2]): runs[0]
+            for arm, runs in read(f"sweep{updates}").items() if arm.startswith(f"{method} at")}
+    return {lr: outcome(runs[lr]) for lr in sorted(runs)}
+
+
+def best_rate(updates, method):
+    found = swept(updates, method)
+    return max(found, key=found.get)
+
+
+def at_an_end(updates, arms):
+    """One more rate for each method that does best at an end of its rates."""
+    for name, m in arms.items():
+        best, rates = best_rate(updates, name), swept(updates, name)
+        for end, factor in ((min(rates), 0.5), (max(rates), 2)):
+            if best == end:
+                yield from sweep(updates, {name: m}, [float(f"{end * factor:g}")])
+
+
+def main_groups(updates, arms):
+    """The sweep, then the runs; a group needs the logs of the groups before it."""
+    yield sweep(updates, arms, RATES[updates])
+    while wider := list(at_an_end(updates, arms)):
+        yield wider
+    yield seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
+
+
+def eq9(regime, settings):
+    """REAL and REAL with frozen credit; REAL as it is is in main16."""
+    arms = {f"{name}, {regime}": {"objective": objective} | settings
+            for name, objective in (("REAL", "real"), ("frozen", "real_frozen"))
+            if settings or name == "frozen"}
+    return seeds("eq9", 16, arms, lambda _: best_rate(16, "REAL"))
 
 
 def plan():
-    """Runs in groups; a group needs the logs of the groups before it."""
-    four = {name: m for name, m in METHODS.items() if name != "TRPA"}
-    yield sweep("sweep", METHODS) + sweep("stale_sweep", four, RATES[:3], **STALE)
-    chosen = {("sweep", m): best_rate("sweep", m) for m in METHODS} | {
-        ("stale_sweep", m): best_rate("stale_sweep", m) for m in four}
-    same = lambda e: lambda name: chosen[e, name if name in METHODS else "REAL"]  # noqa: E731
-    hard = {"GRPO without hard tokens": {"objective": "grpo_bidirectional", "kl_ref": 0.001}}
-    yield (seeds("main", METHODS, same("sweep"))
-           + seeds("stale", four | FROZEN, same("stale_sweep"), **STALE)
-           + seeds("ablation", FROZEN | VARIANTS, same("sweep"))
-           + seeds("ablation", hard, lambda _: chosen["sweep", "GRPO"])
-           + seeds("stale", WHY, lambda _: chosen["stale_sweep", "GRPO"], **STALE)
-           + seeds("large_steps", four | FROZEN, same("stale_sweep"), 4, SEEDS[:3], **STALE))
+    """Groups of runs, in the order of plan.md."""
+    yield from main_groups(16, {k: METHODS[k] for k in ("REAL", "GRPO", "DAPO", "GSPO")} | WIDE)
+    yield seeds("kl", 16, KL_ARMS, lambda arm: best_rate(16, arm[:4]))
+    yield eq9("tau 0.5", {})
+    yield from main_groups(4, METHODS)
+    yield eq9("tau 0.05", {"tau": 0.05})
+    yield eq9("one label in five flipped", {"flip": 0.2})
+    yield eq9("tau 0.005", {"tau": 0.005})
+    yield from main_groups(16, {"TRPA": METHODS["TRPA"]})
 
 
-def read(experiment):
-    """{arm: [rows of one run, ...]}; a row is a training step."""
+# ==== How it is run ==============================================================================
+
+def other_problems(file):
+    """Write 256 problems of neither train.jsonl nor test.jsonl, for choosing learning rates."""
+    spec = importlib.util.spec_from_file_location("make", ROOT / "tiny" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    rng, rows = random.Random(PROBLEM_SEED), []
+    seen = {json.loads(line)["problem"] for name in ("train", "test")
+            for line in (ROOT / "tiny" / f"{name}.jsonl").open()}
+    while len(rows) < 256:
+        _, _, problem, answer = make.draw_problem(rng)
+        if problem not in seen:
+            seen.add(problem)
+            rows.append(json.dumps({"problem": problem, "answer": str(answer)}) + "\n")
+    file.write_text("".join(rows))
+
+
+class Watch:
+    """Stands in for real.update and real.validate, and keeps what no log holds."""
+
+    def __init__(self, optimizer):
+        self.real_update, self.real_validate = real.update, real.validate
+        self.updates, self.validations = [], 0
+        self.optimizer = optimizer
+
+    def make_optimizer(self, model, config):
+        """The optimizer, with hooks that measure how far each of its steps moves the weights."""
+        optimizer = self.optimizer(model, config)
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+
+        def before(*_):
+            self.before = [w.detach().clone() for w in weights]
+
+        def after(*_):
+            moved = [torch.linalg.vector_norm(w.detach() - b) for w, b in zip(weights, self.before)]
+            self.moved = torch.stack(moved).norm().item()
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+    def update(self, model, optimizer, batch, config):
+        self.moved = None  # as it stays if no group of the mini-batch gives credit
+        mixed = real.is_mixed(batch["labels"])
+        if config.objective in SILENT and not (mixed.any() or config.kl_ref):
+            none = torch.zeros(batch["labels"].shape)  # real.update would find this, and take long
+            done = {"loss": torch.tensor(0.0), "grad_norm": torch.tensor(0.0), "weight": none,
+                    "s_bar": none}
+        else:
+            done = self.real_update(model, optimizer, batch, config)
+        scores = done["s_bar"][mixed].abs().flatten() / config.tau
+        self.updates.append((self.moved, done["grad_norm"].item() > config.grad_clip, scores))
+        return done
+
+    def validate(self, model, tokenizer, problems, config):
+        """Pass@1 where the outcome needs it; neither before nor after step 10."""
+        self.validations += 1
+        wanted = (self.validations - 1) * config.eval_every in OUTCOME
+        return self.real_validate(model, tokenizer, problems, config) if wanted else math.nan
+
+    def row(self):
+        """What a step's updates were like, and the memory of them is cleared."""
+        moved, clipped, scores = zip(*self.updates)
+        later = torch.cat([s for s in scores if s.any()] or [torch.empty(0)])  # pi is not pi_old
+        self.updates = []
+        quantiles = later.quantile(torch.tensor([0.5, 0.9, 0.99, 1.0])) if len(later) else None
+        return {"update_norms": list(moved), "clipped": sum(clipped),
+                "s_over_tau": None if quantiles is None else quantiles.tolist()}
+
+
+def flipping(share, seed):
+    """real.label_group with this share of its labels wrong, the same ones for every objective."""
+    def label(problem, texts):
+        rng = random.Random(f"{seed} {problem['problem']}")
+        return [right ^ (rng.random() < share) for right in real.label_group(problem, texts)]
+    return label
+
+
+def execute(run, until=math.inf):
+    """Train one run; returns its rows and seconds, or None after `until`."""
+    experiment, _, seed, settings = run
+    if time.time() > until:
+        return None
+    torch.set_num_threads(1)
+    began, watch, watched = time.time(), Watch(real.make_optimizer), []
+    settings = BUDGET | settings
+    label = flipping(settings.pop("flip"), seed) if "flip" in settings else real.label_group
+    log = real.Run.log
+    stand_ins = {"update": watch.update, "validate": watch.validate,
+                 "make_optimizer": watch.make_optimizer}
+    originals = {name: getattr(real, name) for name in stand_ins}
+    methods = {"finish": lambda self: None, "save": lambda self, *args: None,
+               "log": lambda self, *args: (log(self, *args), watched.append(watch.row()))}
+    own = {name: getattr(real.Run, name) for name in methods}
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
+        if experiment.startswith("sweep"):
+            settings["eval_dataset"] = str(Path(folder) / "other.jsonl")
+            other_problems(Path(settings["eval_dataset"]))
+        config = real.Config(**settings, seed=seed, output_dir=str(Path(folder) / "run"))
+        try:
+            for name in stand_ins:
+                setattr(real, name, stand_ins[name])
+            for name in methods:
+                setattr(real.Run, name, methods[name])
+            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                real.train(config, label)
+        finally:
+            for name in originals:
+                setattr(real, name, originals[name])
+            for name in own:
+                setattr(real.Run, name, own[name])
+        rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+    return [row | more for row, more in zip(rows, watched)], round(time.time() - began)
+
+
+def run_missing(jobs, until, groups):
+    """Run what the log lacks, a group after the other; each run is written as it ends."""
+    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", ROOT / "real.py"], cwd=ROOT,
+                            capture_output=True, text=True).stdout.strip()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for group in groups:
+            done = {(r["experiment"], r["arm"], r["seed"]) for r in runlog.read("study")}
+            work = {pool.submit(execute, run, until): run for run in group if run[:3] not in done}
+            for job in tqdm(as_completed(work), total=len(work)):
+                if job.result() is None:
+                    return
+                (experiment, arm, seed, settings), (rows, seconds) = work[job], job.result()
+                runlog.append("study", rows, KEYS, experiment=experiment, arm=arm, seed=seed,
+                              config=BUDGET | settings, seconds=seconds, real=commit)
+
+
+# ==== What came of it ============================================================================
+
+def read(experiment, log="study"):
+    """{arm: [rows of one run, ...]}, seeds rising; a row is a training step."""
     found = {}
-    for run in sorted(runlog.read("study"), key=lambda run: run["seed"]):
+    for run in sorted(runlog.read(log), key=lambda run: run["seed"]):
         if run["experiment"] == experiment:
             found.setdefault(run["arm"], []).append(run["rows"])
     return found
 
 
-class Spy:
-    """Stands in for real.credit and keeps what no log holds: how far updates find the policy."""
-
-    def __init__(self, credit):
-        self.credit, self.shares, self.scores = credit, [], []
-
-    def __call__(self, logp, batch, config):
-        labels, mask = batch["labels"], batch["mask"]
-        s = real.log_ratio(logp.detach(), batch["old_logp"], mask)
-        if s.any():  # not the first update of a step, which finds pi_old
-            interval = torch.bucketize(s.exp(), torch.tensor([0.8, 1.2]))  # 0: below, 1: inside
-            right = labels.bool()[..., None].expand_as(mask)
-            self.shares.append([[((interval == k) & (right == side) & mask).sum() / mask.sum()
-                                 for k in range(3)] for side in (True, False)])
-            scores = real.token_mean(s, mask)[real.is_mixed(labels)]
-            self.scores.append(scores.abs().flatten() / 0.5)
-        return self.credit(logp, batch, config)
-
-    def row(self):
-        """Means of a step's later updates, and the memory of them is cleared."""
-        if not self.shares:  # no update moved the policy
-            return {}
-        shares, scores = torch.tensor(self.shares).mean(0).tolist(), torch.cat(self.scores)
-        self.shares, self.scores = [], []
-        quantiles = scores.quantile(torch.tensor([0.5, 0.9, 0.99, 1.0])) if len(scores) else None
-        return {"ratio_shares": dict(zip(("right", "wrong"), shares)),
-                "s_over_tau": None if quantiles is None else quantiles.tolist()}
+def outcome(rows):
+    """The plan's outcome of a run: mean held-out Pass@1 of steps 20, 30 and 40."""
+    return statistics.mean(row["pass@1"] for row in rows if row["step"] in OUTCOME)
 
 
-def execute(run):
-    """Train one run; returns its rows and seconds. Raises what real.train raises."""
-    *_, seed, settings = run
-    torch.set_num_threads(1)
-    began, spy, spied = time.time(), Spy(real.credit), []
-    real.credit, log = spy, real.Run.log
-    real.Run.log = lambda self, *args: (log(self, *args), spied.append(spy.row()))
-    try:
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-            config = real.Config(**(BUDGET | settings), seed=seed, save_every=10**6,
-                                 output_dir=folder)
-            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                real.train(config)
-            rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
-    finally:
-        real.credit, real.Run.log = spy.credit, log
-    return [row | more for row, more in zip(rows, spied)], round(time.time() - began)
-
-
-def interval(values):
-    """Mean and half the width of its 95% interval, Student's t over seeds."""
+def interval(values, share=0.95):
+    """Mean and half the width of its interval, Student's t over seeds."""
     from scipy.stats import t
 
     n = len(values)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    half = t.ppf((1 + share) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else (
+        math.nan)
     return statistics.mean(values), half
-
-
-def table(experiment):
-    """Print a Markdown table of an experiment: mean and 95% interval over seeds."""
-    print("| method | lr | seeds | Pass@1, step 20 | step 40 | reward | entropy (nats) | solved "
-          "| length (tokens) |\n|---|---|---|---|---|---|---|---|---|")
-    rates = {(r["experiment"], r["arm"]): r["config"]["lr"] for r in runlog.read("study")}
-    for method, runs in read(experiment).items():
-        lr = rates[experiment, method]
-        half = [next(r["pass@1"] for r in rows if r["step"] == 20) for rows in runs]
-        cells = [half, [rows[-1]["pass@1"] for rows in runs]]
-        for key in ("reward", "entropy", "solved", "response_length"):
-            cells.append([statistics.mean(r[key] for r in rows[-10:]) for rows in runs])
-        shown = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in cells]
-        print(f"| {method} | {lr:g} | {len(runs)} | " + " | ".join(shown) + " |")
-    print()
-
-
-def overview():
-    """Print the table of Pass@1 at the end, mean and 95% interval, a column for each experiment."""
-    columns = {"main": "4 updates a step", "stale": "16 updates a step",
-               "large_steps": "16, 4 x learning rate"}
-    found = {e: {m: [rows[-1]["pass@1"] for rows in runs] for m, runs in read(e).items()}
-             for e in (*columns, "ablation")}
-    found["main"] |= found.pop("ablation")
-    print(f"| method | {' | '.join(columns.values())} |\n|---|---|---|---|")
-    for method in dict.fromkeys((*METHODS, *FROZEN, *WHY, *VARIANTS, *found["main"])):
-        cells = [found[e].get(method) for e in columns]
-        cells = ["{:.3f} ± {:.3f}".format(*interval(values)) if values else "" for values in cells]
-        print(f"| {method} | {' | '.join(cells)} |")
-    print()
 
 
 def main():
@@ -197,20 +293,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--until", help="start no run after this time of day, as in 18:30")
     args = parser.parse_args()
+    until = math.inf
+    if args.until:
+        until = time.mktime(time.strptime(f"{time.strftime('%Y-%m-%d')} {args.until}",
+                                          "%Y-%m-%d %H:%M"))
     if not args.tables:
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            for group in plan():
-                done = {(r["experiment"], r["arm"], r["seed"]) for r in runlog.read("study")}
-                jobs = {pool.submit(execute, run): run for run in group if run[:3] not in done}
-                for job in tqdm(as_completed(jobs), total=len(jobs)):
-                    (experiment, arm, seed, settings), (rows, seconds) = jobs[job], job.result()
-                    runlog.append("study", rows, KEYS, experiment=experiment, arm=arm, seed=seed,
-                                  config=BUDGET | settings, seconds=seconds)
-    overview()
-    for name in sorted({run["experiment"] for run in runlog.read("study")}):
-        print(f"**{name}** (reward, entropy, solved and length: mean of the last 10 steps)\n")
-        table(name)
+        run_missing(args.jobs, until, plan())
 
 
 if __name__ == "__main__":
