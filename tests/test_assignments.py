@@ -19,9 +19,9 @@ HERE = Path(__file__).resolve().parent / "assignments"
 sys.path.insert(0, str(HERE))
 import graders  # noqa: E402
 import ideas  # noqa: E402
-from wrong import WRONG  # noqa: E402
+from wrong import RIGHT, WRONG  # noqa: E402
 
-EXERCISES = sorted({int(name[2]) for name in graders.POINTS})
+EXERCISES = sorted({graders.exercise(name) for name in graders.POINTS})
 pytestmark = pytest.mark.filterwarnings(
     "ignore:std"
 )  # one wrong solution asks GRPO for the spread of one rollout
@@ -74,7 +74,7 @@ def verdicts(variables, exercise):
     """What each test cell of an exercise raises (None: passed)."""
     found = {}
     for name in graders.POINTS:
-        if name.startswith(f"ex{exercise}"):
+        if graders.exercise(name) == exercise:
             try:
                 found[name] = graders.grade(name, variables)
             except Exception as e:  # noqa: BLE001, a submission may raise anything
@@ -96,13 +96,14 @@ def test_every_exercise_says_what_it_is():
         if cell.cell_type == "markdown"
     ]
     rows = re.findall(
-        r"^\| (\d) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE
+        r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE
     )
-    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 10))
+    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 11))
     readme = (HERE / "README.md").read_text()
     for number, title, points, minutes, compute in rows:
         assert sum(
-            p for name, p in (graders.POINTS | graders.WRITTEN).items() if name[2] == number
+            p for name, p in (graders.POINTS | graders.WRITTEN).items()
+            if graders.exercise(name) == int(number)
         ) == int(points)
         assert f"## {number}. {title} ({points} points, {minutes} min)" in "\n".join(markdown)
         assert f"| {number} | {title} | {points} | {minutes} min | {compute} |" in readme
@@ -128,17 +129,26 @@ def test_student_copy_holds_no_solution_and_is_red(course):
             )  # UserError: no dhpo
 
 
-@pytest.mark.parametrize(
-    "exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG]
-)
-def test_wrong_solutions_are_red(exercise, misconception, old, new):
+def changed(exercise, old, new):
+    """The verdicts on the reference with a change to one exercise."""
     source, mark = graders.REFERENCE[f"ex{exercise}"]
     assert source.count(old) == 1
-    variables = graders.work(
-        graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)}
-    )
-    errors = [e for e in verdicts(variables, exercise).values() if e]
+    cells = graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)}
+    own = {name: cell for name, cell in cells.items() if graders.exercise(name) in (0, exercise)}
+    return verdicts(graders.work(own), exercise).values()
+
+
+@pytest.mark.parametrize(
+    "exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG])
+def test_wrong_solutions_are_red(exercise, misconception, old, new):
+    errors = [e for e in changed(exercise, old, new) if e]
     assert errors and all(isinstance(e, (AssertionError, real.UserError)) for e in errors), errors
+
+
+@pytest.mark.parametrize(
+    "exercise, alternative, old, new", RIGHT, ids=[f"{n}: {what}" for n, what, *_ in RIGHT])
+def test_right_alternatives_are_green(exercise, alternative, old, new):
+    assert not any(changed(exercise, old, new)), changed(exercise, old, new)
 
 
 def test_three_wrong_solutions_an_exercise():

@@ -12,6 +12,7 @@ changes nothing.
 import contextlib
 import linecache
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -42,6 +43,11 @@ WRITTEN = {
     for cell in nbformat.read(SOURCE, 4).cells
     if cell.cell_type == "markdown" and cell.metadata.nbgrader.grade
 }
+
+
+def exercise(name):
+    """The number of the exercise that a cell belongs to; 0: to all."""
+    return int(re.match(r"(?:ex(\d+))?", str(name))[1] or 0)
 
 
 def execute(source, name, variables):
