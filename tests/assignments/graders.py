@@ -27,13 +27,11 @@ SOURCE = HERE / "source" / "real" / "real.ipynb"
 
 
 def cells(path):
-    """Code cells by grade_id (an ungraded cell: by its position): (source, nbgrader's metadata)."""
+    """Code cells by grade_id (an ungraded cell: by its id): (source, nbgrader's metadata)."""
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     marks = [cell.metadata.get("nbgrader", {}) for cell in code]
-    return {
-        mark.get("grade_id", n): (cell.source, mark)
-        for n, (cell, mark) in enumerate(zip(code, marks))
-    }
+    return {mark.get("grade_id", cell.get("id", f"cell {n}")): (cell.source, mark)
+            for n, (cell, mark) in enumerate(zip(code, marks))}
 
 
 REFERENCE = cells(SOURCE)
@@ -47,7 +45,7 @@ WRITTEN = {
 
 def exercise(name):
     """The number of the exercise that a cell belongs to; 0: to all."""
-    return int(re.match(r"(?:ex(\d+))?", str(name))[1] or 0)
+    return int(re.match(r"(?:ex(\d+))?", name)[1] or 0)
 
 
 def execute(source, name, variables):
