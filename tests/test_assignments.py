@@ -26,9 +26,8 @@ import ideas  # noqa: E402
 from wrong import NUMBERS, RIGHT, WRONG  # noqa: E402
 
 EXERCISES = sorted({graders.exercise(name) for name in graders.POINTS})
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:std"
-)  # one wrong solution asks GRPO for the spread of one rollout
+# One wrong solution asks GRPO for the spread of one rollout.
+pytestmark = pytest.mark.filterwarnings("ignore:std")
 
 
 @pytest.fixture(autouse=True)
@@ -82,21 +81,15 @@ def test_reference_is_green():
 
 def test_every_exercise_says_what_it_is():
     """Points and minutes in the heading, in the table and in the metadata are the same."""
-    markdown = [
-        cell.source
-        for cell in nbformat.read(graders.SOURCE, 4).cells
-        if cell.cell_type == "markdown"
-    ]
-    rows = re.findall(
-        r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE
-    )
-    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 11))
+    cells = nbformat.read(graders.SOURCE, 4).cells
+    markdown = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    row = r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$"
+    rows = re.findall(row, markdown[0], re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == EXERCISES == list(range(1, 11))
+    given = (graders.POINTS | graders.WRITTEN).items()
     readme = (HERE / "README.md").read_text()
     for number, title, points, minutes, compute in rows:
-        assert sum(
-            p for name, p in (graders.POINTS | graders.WRITTEN).items()
-            if graders.exercise(name) == int(number)
-        ) == int(points)
+        assert sum(p for name, p in given if graders.exercise(name) == int(number)) == int(points)
         assert f"## {number}. {title} ({points} points, {minutes} min)" in "\n".join(markdown)
         assert f"| {number} | {title} | {points} | {minutes} min | {compute} |" in readme
 
@@ -115,10 +108,7 @@ def test_student_copy_holds_no_solution_and_is_red(course):
     variables = graders.work(found)
     for exercise in EXERCISES:
         for name, error in verdicts(variables, exercise).items():
-            assert isinstance(error, (NotImplementedError, real.UserError)), (
-                name,
-                error,
-            )  # UserError: no dhpo
+            assert isinstance(error, (NotImplementedError, real.UserError)), (name, error)
 
 
 def changed(exercise, old, new):
@@ -279,12 +269,8 @@ def case():
     old = -torch.rand(3, 8, 6, dtype=torch.float64) * 3
     labels = torch.rand(3, 8) < 0.5
     labels[0] = True
-    return (
-        old + 0.3 * torch.randn_like(old),
-        old,
-        torch.arange(6) < torch.randint(1, 7, (3, 8, 1)),
-        labels,
-    )
+    logp = old + 0.3 * torch.randn_like(old)
+    return logp, old, torch.arange(6) < torch.randint(1, 7, (3, 8, 1)), labels
 
 
 def test_ideas_pass_the_graders():
@@ -297,35 +283,24 @@ def test_ideas_pass_the_graders():
 
 def test_denoised_is_real_without_noise_and_weighs_by_bayes():
     logp, old, mask, labels = case()
-    assert torch.allclose(
-        ideas.real_denoised(logp, old, mask, labels, rho=0.0), real.real(logp, old, mask, labels)
-    )
-    four = torch.tensor(
-        [[1, 1, 1, 1, 0, 0, 0, 0]]
-    ).bool()  # half seem right, so half are: a label is true with 1 - rho
+    denoised = ideas.real_denoised(logp, old, mask, labels, rho=0.0)
+    assert torch.allclose(denoised, real.real(logp, old, mask, labels))
     zeros = torch.zeros(1, 8, 1, dtype=torch.float64, requires_grad=True)
-    loss = ideas.real_denoised(
-        zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), four, rho=0.2
-    )
+    rest = torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool()
+    four = torch.arange(8)[None] < 4  # half seem right, so half are: a label is true with 1 - rho
+    loss = ideas.real_denoised(zeros, *rest, four, rho=0.2)
     push = torch.autograd.grad(loss, zeros)[0][0, :, 0]
-    expected = torch.tensor(
-        [-(0.8 - 0.2) / 5 / 0.5] * 4 + [(0.8 - 0.2) / 5 / 0.5] * 4, dtype=torch.float64
-    )
-    assert torch.allclose(push, expected)
-    one = torch.zeros(1, 8).bool()
-    one[0, 0] = True  # one right of eight is what noise alone would make
-    assert (
-        ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), one, rho=0.2)
-        == 0
-    )
+    size = (0.8 - 0.2) / 5 / 0.5
+    assert torch.allclose(push, torch.tensor([-size] * 4 + [size] * 4, dtype=torch.float64))
+    one = torch.arange(8)[None] < 1  # one right of eight is what noise alone would make
+    assert ideas.real_denoised(zeros, *rest, one, rho=0.2) == 0
 
 
 def test_noise_flips_one_label_in_five():
     torch.manual_seed(0)
     texts = [r"\boxed{4}"] * 5000 + [r"\boxed{5}"] * 5000
-    flipped = sum(
-        label != (i < 5000) for i, label in enumerate(ideas.noisy_label({"answer": "4"}, texts))
-    )
+    labels = ideas.noisy_label({"answer": "4"}, texts)
+    flipped = sum(label != (i < 5000) for i, label in enumerate(labels))
     assert abs(flipped - 2000) < 5 * 40  # binomial: standard deviation 40
 
 
@@ -373,6 +348,5 @@ def test_extrapolation_is_exact_on_a_line():
     torch.manual_seed(0)
     start, direction = torch.randn(2, 50, dtype=torch.float64)
     points = torch.stack([start + (0.3 + 0.1 * t) * direction for t in (5, 10, 15, 20)])
-    assert torch.allclose(
-        ideas.extrapolate(start, points, [5, 10, 15, 20], 40), start + 4.3 * direction
-    )
+    found = ideas.extrapolate(start, points, [5, 10, 15, 20], 40)
+    assert torch.allclose(found, start + 4.3 * direction)

@@ -59,9 +59,8 @@ def work(submission):
     fails."""
     variables = {"__name__": "submission"}
     locked = {name: cell for name, cell in REFERENCE.items() if cell[1].get("locked")}
-    for name, (source, _) in (
-        submission | {n: c for n, c in locked.items() if n in submission}
-    ).items():
+    restored = submission | {n: c for n, c in locked.items() if n in submission}
+    for name, (source, _) in restored.items():
         if name not in POINTS:
             with contextlib.suppress(Exception, SystemExit):
                 execute(source, f"<{name}>", variables)
