@@ -1,6 +1,10 @@
 """The assignments end to end: student copy, graders red on the stub and on wrong solutions, green
 on the reference."""
 
+import csv
+import functools
+import io
+import itertools
 import json
 import os
 import re
@@ -19,12 +23,11 @@ HERE = Path(__file__).resolve().parent / "assignments"
 sys.path.insert(0, str(HERE))
 import graders  # noqa: E402
 import ideas  # noqa: E402
-from wrong import WRONG  # noqa: E402
+from wrong import NUMBERS, RIGHT, WRONG  # noqa: E402
 
-EXERCISES = sorted({int(name[2]) for name in graders.POINTS})
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:std"
-)  # one wrong solution asks GRPO for the spread of one rollout
+EXERCISES = sorted({graders.exercise(name) for name in graders.POINTS})
+# One wrong solution asks GRPO for the spread of one rollout.
+pytestmark = pytest.mark.filterwarnings("ignore:std")
 
 
 @pytest.fixture(autouse=True)
@@ -37,44 +40,32 @@ def untouched(monkeypatch):
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """A course folder outside the repository, with the student copy generated in it; yields
-    (folder, nbgrader)."""
+    """A course folder outside the repository in which the README's first command ran; gives the
+    folder, the student copy's text and a function that runs the README's other commands."""
     folder = tmp_path_factory.mktemp("course")
     shutil.copy(HERE / "nbgrader_config.py", folder)
     shutil.copytree(HERE / "source", folder / "source")
-    # nbgrader calls alembic by name
+    own = dict.fromkeys(("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR",
+                         "IPYTHONDIR"), str(folder))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {
-        "PATH": path,
-        "JUPYTER_DATA_DIR": folder,
-        "JUPYTER_RUNTIME_DIR": folder,
-        "JUPYTER_CONFIG_DIR": folder,
-        "IPYTHONDIR": folder,
-        "PYTHONPATH": HERE.parents[1],
-    }
+    environment = os.environ | own | {"PATH": path, "PYTHONPATH": str(HERE.parents[1])}
+    readme = (HERE / "README.md").read_text()
+    first, rest = re.search(r"## Hand out.*?/activate\n(.*?\n)(.*?)```", readme, re.DOTALL).groups()
 
-    def nbgrader(*command):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in env.items():
-                patch.setenv(name, str(value))
-            done = subprocess.run(
-                [sys.executable, "-m", "nbgrader", *command],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+    def run(commands):
+        done = subprocess.run(["bash", "-ec", commands], cwd=folder, env=environment, text=True,
+                              capture_output=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    nbgrader("generate_assignment", "real", "--force")
-    return folder, nbgrader
+    run(first)
+    return folder, (folder / "release" / "real" / "real.ipynb").read_text(), lambda: run(rest)
 
 
 def verdicts(variables, exercise):
     """What each test cell of an exercise raises (None: passed)."""
     found = {}
     for name in graders.POINTS:
-        if name.startswith(f"ex{exercise}"):
+        if graders.exercise(name) == exercise:
             try:
                 found[name] = graders.grade(name, variables)
             except Exception as e:  # noqa: BLE001, a submission may raise anything
@@ -90,27 +81,22 @@ def test_reference_is_green():
 
 def test_every_exercise_says_what_it_is():
     """Points and minutes in the heading, in the table and in the metadata are the same."""
-    markdown = [
-        cell.source
-        for cell in nbformat.read(graders.SOURCE, 4).cells
-        if cell.cell_type == "markdown"
-    ]
-    rows = re.findall(
-        r"^\| (\d) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$", markdown[0], re.MULTILINE
-    )
-    assert [int(row[0]) for row in rows] == EXERCISES == list(range(1, 10))
+    cells = nbformat.read(graders.SOURCE, 4).cells
+    markdown = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    row = r"^\| (\d+) \| (.*?) \| (\d+) \| (\d+) min \| (.*?) \|$"
+    rows = re.findall(row, markdown[0], re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == EXERCISES == list(range(1, 11))
+    given = (graders.POINTS | graders.WRITTEN).items()
     readme = (HERE / "README.md").read_text()
     for number, title, points, minutes, compute in rows:
-        assert sum(
-            p for name, p in (graders.POINTS | graders.WRITTEN).items() if name[2] == number
-        ) == int(points)
+        assert sum(p for name, p in given if graders.exercise(name) == int(number)) == int(points)
         assert f"## {number}. {title} ({points} points, {minutes} min)" in "\n".join(markdown)
         assert f"| {number} | {title} | {points} | {minutes} min | {compute} |" in readme
 
 
 def test_student_copy_holds_no_solution_and_is_red(course):
-    student = course[0] / "release" / "real" / "real.ipynb"
-    text, found = student.read_text(), graders.cells(student)
+    text = course[1]
+    found = graders.cells(io.StringIO(text))
     assert "BEGIN SOLUTION" not in text and "HIDDEN TESTS" not in text
     assert "Model answer" not in text and "Rubric" not in text and "YOUR ANSWER HERE" in text
     for name, (source, mark) in graders.REFERENCE.items():
@@ -122,111 +108,160 @@ def test_student_copy_holds_no_solution_and_is_red(course):
     variables = graders.work(found)
     for exercise in EXERCISES:
         for name, error in verdicts(variables, exercise).items():
-            assert isinstance(error, (NotImplementedError, real.UserError)), (
-                name,
-                error,
-            )  # UserError: no dhpo
+            assert isinstance(error, (NotImplementedError, real.UserError)), (name, error)
+
+
+def changed(exercise, old, new):
+    """The verdicts on the reference with a change to one exercise."""
+    source, mark = graders.REFERENCE[f"ex{exercise}"]
+    assert source.count(old) == 1
+    cells = graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)}
+    own = {name: cell for name, cell in cells.items() if graders.exercise(name) in (0, exercise)}
+    return verdicts(graders.work(own), exercise).values()
 
 
 @pytest.mark.parametrize(
-    "exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG]
-)
+    "exercise, misconception, old, new", WRONG, ids=[f"{n}: {what}" for n, what, *_ in WRONG])
 def test_wrong_solutions_are_red(exercise, misconception, old, new):
-    source, mark = graders.REFERENCE[f"ex{exercise}"]
-    assert source.count(old) == 1
-    variables = graders.work(
-        graders.REFERENCE | {f"ex{exercise}": (source.replace(old, new), mark)}
-    )
-    errors = [e for e in verdicts(variables, exercise).values() if e]
+    errors = [e for e in changed(exercise, old, new) if e]
     assert errors and all(isinstance(e, (AssertionError, real.UserError)) for e in errors), errors
+
+
+@pytest.mark.parametrize(
+    "exercise, alternative, old, new", RIGHT, ids=[f"{n}: {what}" for n, what, *_ in RIGHT])
+def test_right_alternatives_are_green(exercise, alternative, old, new):
+    assert not any(changed(exercise, old, new)), changed(exercise, old, new)
 
 
 def test_three_wrong_solutions_an_exercise():
     assert all(sum(n == exercise for n, *_ in WRONG) >= 3 for exercise in EXERCISES)
 
 
-def test_nbgrader_gives_the_reference_all_points_and_the_stub_none(course):
-    """Through nbgrader itself, with kernels. The stub's author also emptied the tests, which
-    nbgrader puts back."""
-    from nbgrader.api import Gradebook
-
-    folder, nbgrader = course
-    for student, origin in (("reference", "source"), ("stub", "release")):
-        notebook = nbformat.read(folder / origin / "real" / "real.ipynb", 4)
-        if student == "stub":
-            for cell in notebook.cells:
-                cell.source = (
-                    "pass" if cell.metadata.get("nbgrader", {}).get("grade") else cell.source
-                )
-        (folder / "submitted" / student / "real").mkdir(parents=True)
-        nbformat.write(notebook, folder / "submitted" / student / "real" / "real.ipynb")
-    nbgrader("autograde", "real")
-    with Gradebook(f"sqlite:///{folder}/gradebook.db") as book:
-        scores = {
-            student: book.find_submission("real", student).score
-            for student in ("reference", "stub")
-        }
-        assert scores == {"reference": sum(graders.POINTS.values()), "stub": 0}
+# ---- A class of three ----------------------------------------------------------------------------
 
 
-def test_pytest_grades_a_submission(course, monkeypatch):
-    """The README's command, on the stub: every exercise fails; the reference passes in the test
-    above."""
-    monkeypatch.setenv("SUBMISSION", str(course[0] / "release" / "real" / "real.ipynb"))
+@functools.cache
+def numbers(name):
+    """What the reference answers to part (b) of exercise 10 for a student."""
+    own = {k: v for k, v in graders.REFERENCE.items() if graders.exercise(k) in (0, 10)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUDENT", name)
+        return graders.work(own)["own_answers"]()
+
+
+def test_each_grader_accepts_its_own_numbers_alone(monkeypatch):
+    monkeypatch.setattr(graders, "POINTS", {"ex10b": 3})
+    answers = {name: numbers(name) for name in ("ada", "bob")}
+    for name, found in itertools.product(answers, answers.values()):
+        monkeypatch.setenv("STUDENT", name)
+        monkeypatch.setitem(graders.REFERENCE, "name", (f"NAME = {name!r}", {}))
+        errors = [e for e in changed(10, NUMBERS, f"return {found}") if e]
+        assert len(errors) == (found != answers[name]), (name, found)
+    monkeypatch.setenv("STUDENT", "eve")  # the name in the notebook is still bob's
+    assert "NAME is 'bob'" in str(*filter(None, changed(10, NUMBERS, f"return {numbers('eve')}")))
+
+
+def the_class(student_copy):
+    """name: (notebook, points). Bob has exercise 7 wrong, Ada's numbers in exercise 10, a
+    locked cell of his own and an end that stops; Eve did nothing and emptied the tests."""
+    _, _, old, new = next(wrong for wrong in WRONG if wrong[0] == 7)
+    ada, bob = nbformat.read(graders.SOURCE, 4), nbformat.read(graders.SOURCE, 4)
+    for name, submission in (("ada", ada), ("bob", bob)):
+        for cell in submission.cells:
+            if cell.id == "name":
+                cell.source = f"NAME = {name!r}"
+            cell.source = cell.source.replace(NUMBERS, f"return {numbers('ada')}")
+            if name == "bob":
+                cell.source = cell.source.replace(old, new)
+                cell.source = "raise SystemExit" if cell.id == "setup" else cell.source
+    bob.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
+    ada.nbformat_minor = 4  # an older format, whose cells have no ids
+    for cell in ada.cells:
+        del cell["id"]
+    eve = nbformat.reads(student_copy, 4)
+    for cell in eve.cells:
+        if cell.metadata.get("nbgrader", {}).get("grade"):
+            cell.source = "pass"
+    total, lost = sum(graders.POINTS.values()), graders.POINTS["ex7a"] + graders.POINTS["ex10b"]
+    return {"ada": (ada, total), "bob": (bob, total - lost), "eve": (eve, 0)}
+
+
+def test_the_readmes_commands_grade_a_class(course):
+    """nbgrader itself, with kernels: what is locked is restored, numbers are their owner's."""
+    folder, student_copy, grade = course
+    expected = {}
+    for name, (submission, expected[name]) in the_class(student_copy).items():
+        (folder / "submitted" / name / "real").mkdir(parents=True)
+        nbformat.write(submission, folder / "submitted" / name / "real" / "real.ipynb")
+    grade()
+    with (folder / "grades.csv").open() as f:
+        assert {r["student_id"]: float(r["raw_score"]) for r in csv.DictReader(f)} == expected
+    assert len(list((folder / "feedback").glob("*/real/real.html"))) == 3
+
+
+def test_pytest_grades_a_submission(course, tmp_path, monkeypatch):
+    """The README's command, on the stub: every exercise fails; the reference passes above."""
+    (tmp_path / "real.ipynb").write_text(course[1])
+    monkeypatch.setenv("SUBMISSION", str(tmp_path / "real.ipynb"))
     for name in graders.POINTS:
         with pytest.raises((NotImplementedError, real.UserError)):
             graders.test_exercise(name)
 
 
 def test_gradescope_grades_a_class(course, tmp_path):
-    """The zip built by its command, unpacked as Gradescope does, with a class of four
-    submissions."""
+    """The zip built by its command, unpacked as Gradescope does."""
     command = [sys.executable, str(HERE / "gradescope.py")]
     subprocess.run([*command, "autograder.zip"], cwd=tmp_path, check=True)
     subprocess.run(["unzip", "-q", "autograder.zip", "-d", "source"], cwd=tmp_path, check=True)
     for script in ("setup.sh", "run_autograder"):
         assert os.access(tmp_path / "source" / script, os.X_OK)
         subprocess.run(["bash", "-n", tmp_path / "source" / script], check=True)
-    _, misconception, old, new = next(wrong for wrong in WRONG if wrong[0] == 7)
-    reference = graders.SOURCE.read_text()
-    half = nbformat.reads(reference, 4)
-    for cell in half.cells:
-        if cell.metadata.get("nbgrader", {}).get("grade_id") == "ex7":
-            cell.source = cell.source.replace(old, new)
-    next(
-        cell for cell in half.cells if cell.cell_type == "code"
-    ).source = "raise SystemExit"  # locked: put back
-    half.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
-    stub = (course[0] / "release" / "real" / "real.ipynb").read_text()
-    total = sum(graders.POINTS.values())
-    for text, score in (
-        (reference, total),
-        (stub, 0),
-        (nbformat.writes(half), total - graders.POINTS["ex7a"]),
-        ("no notebook", 0),
-    ):
+
+    def graded(name, text):
         for folder in ("submission", "results"):
             shutil.rmtree(tmp_path / folder, ignore_errors=True)
             (tmp_path / folder).mkdir()
         (tmp_path / "submission" / "real.ipynb").write_text(text)
-        subprocess.run(
-            [tmp_path / "source" / "run_autograder"],
-            check=True,
-            env={**os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable},
-        )
-        found = json.loads((tmp_path / "results" / "results.json").read_text())
+        users = {"users": [{"email": name, "id": 1, "name": "A Student"}]}
+        (tmp_path / "submission_metadata.json").write_text(json.dumps(users))
+        subprocess.run([tmp_path / "source" / "run_autograder"], check=True, env={
+            **os.environ, "AUTOGRADER": str(tmp_path), "PYTHON": sys.executable})
+        return json.loads((tmp_path / "results" / "results.json").read_text())
+
+    found = graded("ada", "no notebook")
+    assert found["score"] == 0 and "cannot be read" in found["output"]
+    hidden = {source.partition("HIDDEN TESTS")[2] for source, _ in graders.REFERENCE.values()}
+    for name, (submission, score) in the_class(course[1]).items():
+        found = graded(name, nbformat.writes(submission))
         assert found["score"] == score, found
-        if text == "no notebook":
-            assert "cannot be read" in found["output"]
-            continue
-        graded = [test for test in found["tests"] if "max_score" in test]
-        assert {test["name"]: test["max_score"] for test in graded} == graders.POINTS
-        assert {test["visibility"] for test in graded} == {"after_published"}
-        hidden = {cell[0].partition("HIDDEN TESTS")[2] for cell in graders.REFERENCE.values()}
+        points = [test for test in found["tests"] if "max_score" in test]
+        assert {test["name"]: test["max_score"] for test in points} == graders.POINTS
+        assert {test["visibility"] for test in points} == {"after_published"}
         for test in found["tests"]:  # what is shown at once quotes no hidden test
             if test["visibility"] == "visible" and "Error: " in test["output"]:
                 message = test["output"].partition(": ")[2]
                 assert not any(message and message in text for text in hidden), message
+
+
+# ---- Colab ---------------------------------------------------------------------------------------
+
+
+def test_the_install_cell_gets_a_clone_and_the_notebook_runs_there(tmp_path):
+    """As in Colab: a notebook alone in a folder, REPO set. Here it is a local bare clone, and pip
+    finds all that requirements.txt pins installed."""
+    root = HERE.parents[1]
+    subprocess.run(["git", "clone", "-q", "--bare", root, tmp_path / "bare.git"], check=True)
+    (tmp_path / "content").mkdir()
+    source = graders.REFERENCE["install"][0]
+    assert source.count('REPO = ""') == 1
+    source = source.replace('REPO = ""', f"REPO = {str(tmp_path / 'bare.git')!r}")
+    check = "import real; assert real.__file__.startswith(os.getcwd()); print(real.__file__)"
+    code = "\n".join([source, source, graders.REFERENCE["setup"][0], check])  # twice: as clicked
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "content", text=True,
+                          capture_output=True, check=False,
+                          env=os.environ | {"PIP_NO_INDEX": "1", "PIP_DRY_RUN": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(tmp_path / "content" / "rewards-as-labels" / "real.py")
 
 
 # ---- The ideas -----------------------------------------------------------------------------------
@@ -237,12 +272,8 @@ def case():
     old = -torch.rand(3, 8, 6, dtype=torch.float64) * 3
     labels = torch.rand(3, 8) < 0.5
     labels[0] = True
-    return (
-        old + 0.3 * torch.randn_like(old),
-        old,
-        torch.arange(6) < torch.randint(1, 7, (3, 8, 1)),
-        labels,
-    )
+    logp = old + 0.3 * torch.randn_like(old)
+    return logp, old, torch.arange(6) < torch.randint(1, 7, (3, 8, 1)), labels
 
 
 def test_ideas_pass_the_graders():
@@ -255,35 +286,24 @@ def test_ideas_pass_the_graders():
 
 def test_denoised_is_real_without_noise_and_weighs_by_bayes():
     logp, old, mask, labels = case()
-    assert torch.allclose(
-        ideas.real_denoised(logp, old, mask, labels, rho=0.0), real.real(logp, old, mask, labels)
-    )
-    four = torch.tensor(
-        [[1, 1, 1, 1, 0, 0, 0, 0]]
-    ).bool()  # half seem right, so half are: a label is true with 1 - rho
+    denoised = ideas.real_denoised(logp, old, mask, labels, rho=0.0)
+    assert torch.allclose(denoised, real.real(logp, old, mask, labels))
     zeros = torch.zeros(1, 8, 1, dtype=torch.float64, requires_grad=True)
-    loss = ideas.real_denoised(
-        zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), four, rho=0.2
-    )
+    rest = torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool()
+    four = torch.arange(8)[None] < 4  # half seem right, so half are: a label is true with 1 - rho
+    loss = ideas.real_denoised(zeros, *rest, four, rho=0.2)
     push = torch.autograd.grad(loss, zeros)[0][0, :, 0]
-    expected = torch.tensor(
-        [-(0.8 - 0.2) / 5 / 0.5] * 4 + [(0.8 - 0.2) / 5 / 0.5] * 4, dtype=torch.float64
-    )
-    assert torch.allclose(push, expected)
-    one = torch.zeros(1, 8).bool()
-    one[0, 0] = True  # one right of eight is what noise alone would make
-    assert (
-        ideas.real_denoised(zeros, torch.zeros(1, 8, 1), torch.ones(1, 8, 1).bool(), one, rho=0.2)
-        == 0
-    )
+    size = (0.8 - 0.2) / 5 / 0.5
+    assert torch.allclose(push, torch.tensor([-size] * 4 + [size] * 4, dtype=torch.float64))
+    one = torch.arange(8)[None] < 1  # one right of eight is what noise alone would make
+    assert ideas.real_denoised(zeros, *rest, one, rho=0.2) == 0
 
 
 def test_noise_flips_one_label_in_five():
     torch.manual_seed(0)
     texts = [r"\boxed{4}"] * 5000 + [r"\boxed{5}"] * 5000
-    flipped = sum(
-        label != (i < 5000) for i, label in enumerate(ideas.noisy_label({"answer": "4"}, texts))
-    )
+    labels = ideas.noisy_label({"answer": "4"}, texts)
+    flipped = sum(label != (i < 5000) for i, label in enumerate(labels))
     assert abs(flipped - 2000) < 5 * 40  # binomial: standard deviation 40
 
 
@@ -331,6 +351,5 @@ def test_extrapolation_is_exact_on_a_line():
     torch.manual_seed(0)
     start, direction = torch.randn(2, 50, dtype=torch.float64)
     points = torch.stack([start + (0.3 + 0.1 * t) * direction for t in (5, 10, 15, 20)])
-    assert torch.allclose(
-        ideas.extrapolate(start, points, [5, 10, 15, 20], 40), start + 4.3 * direction
-    )
+    found = ideas.extrapolate(start, points, [5, 10, 15, 20], 40)
+    assert torch.allclose(found, start + 4.3 * direction)

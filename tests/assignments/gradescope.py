@@ -8,6 +8,7 @@ hidden test, and an entry without points, shown at once, of the part that they h
 """
 
 import json
+import os
 import stat
 import sys
 import zipfile
@@ -70,6 +71,9 @@ def grade(submission, results):
     if len(notebooks) != 1:
         write(f"Submit one notebook, real.ipynb; {len(notebooks)} were found.", [])
         return
+    metadata = Path(results).parents[1] / "submission_metadata.json"
+    if metadata.exists():  # whose numbers these are is Gradescope's to say
+        os.environ["STUDENT"] = json.loads(metadata.read_text())["users"][0]["email"]
     import graders
     try:
         variables = graders.work(graders.cells(notebooks[0]))

@@ -115,9 +115,8 @@ def dhpo(logp, old_logp, mask, labels, *, mix=0.5, eps=0.2, eps_low=3e-4, eps_hi
     token = real.log_ratio(logp, old_logp, mask).clamp(-20, 20).exp()
     sequence = real.s_bar(logp, old_logp, mask).clamp(-20, 20).exp()[..., None]
     rho = mix * token + (1 - mix) * sequence
-    clipped = mix * token.clamp(1 - eps, 1 + eps) + (1 - mix) * sequence.clamp(
-        1 - eps_low, 1 + eps_high
-    )
+    token, sequence = token.clamp(1 - eps, 1 + eps), sequence.clamp(1 - eps_low, 1 + eps_high)
+    clipped = mix * token + (1 - mix) * sequence
     return real.token_mean(-torch.minimum(rho * A, clipped * A), mask).mean()
 
 
@@ -140,10 +139,8 @@ def rank_one(config):
     c_t v (rank 1), fit a line to c_t at steps 5, 10, 15, 20 and jump to step 40."""
     real.train(config)
     folders = sorted(config.folder.glob("checkpoint-*"))
-    flat = [
-        torch.nn.utils.parameters_to_vector(real.load_model(f)[0].parameters()).detach()
-        for f in (config.model, *folders)
-    ]
+    models = [real.load_model(f)[0] for f in (config.model, *folders)]
+    flat = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
     model, tokenizer = real.load_model(config.model)
     weights = extrapolate(flat[0], torch.stack(flat[1:]), [int(f.name[11:]) for f in folders], 40)
     torch.nn.utils.vector_to_parameters(weights, model.parameters())
@@ -189,32 +186,23 @@ def run(name, seed):
         config = real.Config(seed=seed, output_dir=folder, **BUDGET | settings)
         train(config)
         rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
-    runlog.append(
-        "ideas",
-        rows,
-        KEYS,
-        arm=name,
-        seed=seed,
-        config=BUDGET | settings,
-        seconds=round(time.time() - began),
-    )
+    runlog.append("ideas", rows, KEYS, arm=name, seed=seed, config=BUDGET | settings,
+                  seconds=round(time.time() - began))
 
 
 def table():
     """Pass@1 before, after 20 and after 40 steps, over the seeds; and the length of the last
     training rollouts."""
-    print(
-        "| run | before | after 20 steps | after 40: mean | lowest | highest | tokens a rollout |"
-    )
+    print("| run | before | after 20 steps | after 40: mean | lowest | highest "
+          "| tokens a rollout |")
     print("|---|---|---|---|---|---|---|")
     for name in RUNS:
         logs = [run["rows"] for run in runlog.read("ideas") if run["arm"] == name]
         before = [log[0]["pass@1_before"] for log in logs]
         middle = [row["pass@1"] for log in logs for row in log if row["step"] == 20]
         end = [log[-1]["pass@1"] for log in logs]
-        length = statistics.mean(
-            [row for row in log if "reward" in row][-1]["response_length"] for log in logs
-        )
+        last = [[row for row in log if "reward" in row][-1] for log in logs]
+        length = statistics.mean(row["response_length"] for row in last)
         cells = (*map(statistics.mean, (before, middle, end)), min(end), max(end))
         print(f"| {name} |", " | ".join(f"{x:.3f}" for x in cells), f"| {length:.1f} |")
 
@@ -226,16 +214,12 @@ def vote():
     model, tokenizer = real.load_model(config.model)
     problems = 4 * real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
     batch = real.rollouts(model, tokenizer, problems, config.group_size, config)
-    votes = [
-        majority_labels([p["opening"] + t for t in texts])
-        for p, texts in zip(problems, batch["texts"])
-    ]
+    votes = [majority_labels([p["opening"] + t for t in texts])
+             for p, texts in zip(problems, batch["texts"])]
     undecided = statistics.mean(not any(labels) for labels in votes)
     right = (torch.tensor(votes) & batch["labels"]).any(-1).float().mean().item()
-    print(
-        f"\nMajority of 8 before training: right {right:.2f}, wrong {1 - right - undecided:.2f}, "
-        f"tie {undecided:.2f}"
-    )
+    print(f"\nMajority of 8 before training: right {right:.2f}, "
+          f"wrong {1 - right - undecided:.2f}, tie {undecided:.2f}")
 
 
 if __name__ == "__main__":
