@@ -1047,7 +1047,8 @@ def one_line_errors():
     datasets.disable_progress_bars()
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        return (yield)
+        yield
+        return
     except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
         error = str(e)
     except (RuntimeError, MemoryError) as e:
