@@ -38,7 +38,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 
 with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting threads must not spin
@@ -296,7 +296,7 @@ def token_logprobs(model, batch, rows, config):
     Recomputed activations (low_memory) allow no cache: there each rollout copies its prompt.
     """
     for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
-        module.training = isinstance(module, GradientCheckpointingLayer)
+        module.training = config.low_memory and isinstance(module, GradientCheckpointingLayer)
     G, device = batch["mask"].shape[1], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
     logp, T = torch.zeros(mask.shape, device=device), int(mask.sum(-1).max())  # T of these rows
@@ -375,9 +375,10 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             break
         for _ in range(every):  # a token of every slot
             cache.at, cache.width = at, min(cache.width + 1, cache.columns)
-            see = torch.arange(cache.width, device=device) <= at[:, None]
+            later = torch.arange(cache.width, device=device) > at[:, None]
+            mask = torch.where(later, -math.inf, 0.0).to(model.dtype)[:, None, None]  # to be added
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
-                           attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
+                           attention_mask=mask, past_key_values=cache).logits[:, -1]
             token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
             ids[rollout, t] = token  # ended slots write to the spare last row
             done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
@@ -414,6 +415,7 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
              for group in zip(ids.cpu(), mask.cpu())]
     labels = [label(p, [p["opening"] + text for text in group])
               for p, group in zip(problems, texts)]
+    refuse_if(any(x not in (0, 1) for group in labels for x in group), "a label is to be 0 or 1")
     return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
             "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=device),
             "labels": torch.tensor(labels, dtype=torch.bool, device=device).view(mask.shape[:2]),
@@ -581,6 +583,7 @@ def make_optimizer(model, config):
     after each step.
     """
     weights = list(model.parameters())
+    refuse_if(not all(w.requires_grad for w in weights), "an adapter as --model: merge it first")
     if config.low_memory:
         weights = [p.detach().cpu().requires_grad_() for p in weights]
         round_weights(model)
@@ -640,7 +643,8 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
 NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
 TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
 GOLD_LHS = r"(\\?[A-Za-z]*(_{?\w+}?)? ?(\([A-Za-z, ]*\))? ?=)?"  # x =, f(x) =, (p, q) =
-REPLY_LHS = r"((?=[^=]*[A-Za-z])([_^(]\d+|[^\d=,;?]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?"  # AB + AC =
+REPLY_LHS = (r"((?! *-|.*(not|\\neg))(?=[^=]*[A-Za-z])"  # AB + AC =, but no -x =
+             r"([_^(]\d+|[^\d=,;?]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?")
 D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
 PREFIX = {"+": (D.plus, 2), "-": (D.minus, 2), "√": (D.sqrt, 3), r"\frac": (D.divide, 3, 3)}
 INFIX = {"+": (D.add, 1), "-": (D.subtract, 1), "*": (D.multiply, 2), "/": (D.divide, 2),
@@ -705,7 +709,7 @@ def _same(gold: str, reply: str) -> bool:
     if ("@" in gold) != ("@" in reply):  # one of them has a unit
         readings = [(r"@[A-Za-z]*(/[a-z]+)?( ?\^ ?-?\d)?", " "), ("@percent", "/100")]
     forms = [{_canonical(re.sub(unit, new, t)) for t in (gold, reply)} for unit, new in readings]
-    return gold != "" and any(len(form) == 1 for form in forms)
+    return gold.strip() != "" != reply.strip() and any(len(form) == 1 for form in forms)
 
 def extract_answer(response: str) -> str | None:
     r"""What is in the \boxed{} that closes last, after the last </think>; None in an open <think>.
@@ -755,24 +759,28 @@ def load_model(name):
 def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-    for limit in ("max_position_embeddings", "sliding_window"):
-        refuse_if(longest > (getattr(model.config, limit, 0) or longest),
+    for limit in ("max_position_embeddings", "original_max_position_embeddings", "sliding_window",
+                  "window_size"):
+        refuse_if(longest > (getattr(model.config.get_text_config(), limit, 0) or longest),
                   f"{limit} of the model is below {longest}: lower --max_new_tokens")
     with reading(f"model {config.model} with its tokenizer"):
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
-        pair = [problems[0] | {"prompt_ids": q} for q in (ids, ids[1:])]  # the second is padded
-        greedy = replace(config, max_new_tokens=4, temperature=1e-9)
-        batch = rollouts(model, tokenizer, pair, 2, greedy, lambda q, texts: [0, 1])
-        drawn, logp = batch["completions"][1, 1], all_logprobs(model, batch, config)[1, 1]
-        logits = model.eval()(torch.cat([batch["prompts"][1], drawn])[None]).logits[0]
-        logits = logits[-len(drawn) - 1 : -1] / config.temperature  # (tokens drawn, vocabulary)
-        error = (logits.log_softmax(-1).amax(-1) - logp)[batch["mask"][1, 1]].abs().max()
-        if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
-            raise ValueError("it computes logits in another way than Qwen and Llama do")
+        # long and short side by side, and two more in the slots that they leave
+        four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
+        greedy = replace(config, max_new_tokens=4, temperature=1e-9, slots=4)
+        batch = rollouts(model, tokenizer, four, 2, greedy, lambda q, texts: [0, 1])
+        logp = all_logprobs(model, batch, config)
+        for prompt, drawn, mask, ours in zip(batch["prompts"], *(
+                x[:, 1] for x in (batch["completions"], batch["mask"], logp))):
+            logits = model.eval()(torch.cat([prompt, drawn])[None]).logits[0]
+            logits = logits[-len(drawn) - 1 : -1] / config.temperature  # (tokens drawn, vocabulary)
+            error = (logits.log_softmax(-1).amax(-1) - ours)[mask].abs().max()
+            if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
+                raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def load_rows(path, name, split):
     """Rows of a file, a folder or a hub data set; numbers in text stay as written."""
-    file = Path(path) / f"{split}.jsonl" if Path(path).is_dir() else Path(path)
+    file = next(Path(path).glob(f"{split}.*"), Path(path))  # in a folder, a file a split
     with reading(f"data {path}"):
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
@@ -806,6 +814,8 @@ def load_problems(tokenizer, config, path, split, least=1):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
+            if text.strip() not in prompt:
+                raise ValueError("the chat template drops the question")
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
         if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
@@ -844,6 +854,8 @@ class Run:
         refuse_if(others and not self.old, f"{self.path} holds files, but no run of real.py")
         refuse_if(config.resume and not self.old, f"{self.path} holds no run to resume")
         refuse_if(self.old and not config.resume, f"{self.path} holds a run: --resume goes on")
+        refuse_if(self.old.get("model", config.model) != config.model,
+                  f"{self.path} is a run of --model {self.old.get('model')}")
         refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} steps, all")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", timeout=0)
@@ -855,8 +867,9 @@ class Run:
     def __enter__(self):
         with reading(f"{self.path}, in use by another run"):
             self.lock.acquire()
-        names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-        self.handlers = {name: signal.signal(getattr(signal, name), self.stop) for name in names}
+        signals = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        self.handlers = {number: signal.signal(number, self.stop) for number in set(signals)
+                         if signal.getsignal(number) != signal.SIG_IGN}  # as nohup wants
         return self
 
     def stop(self, number, frame):
@@ -866,8 +879,8 @@ class Run:
         print("\nStopping after this step. Ctrl-C once more to leave at once.", file=sys.stderr)
 
     def __exit__(self, *error):
-        for name, handler in self.handlers.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.lock.release()
 
     def start(self, model, optimizer, problems):
@@ -885,18 +898,26 @@ class Run:
                     if {saved.shape, adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {w.shape}:
                         raise ValueError("a weight has another shape")
                     p.data.copy_(w.data.copy_(saved))
-        fingerprint = zlib.crc32(json.dumps(problems).encode())
+        known = [[p["problem"], p["answer"]] for p in problems]  # a template may write the date
+        fingerprint = zlib.crc32(json.dumps(known).encode())
         refuse_if(self.old.get("problems", fingerprint) != fingerprint,
                   f"{self.path} was started with other problems, or in another order")
         settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
+        keep = {}  # bytes of each log, up to the checkpoint
+        logs = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        for file in filter(Path.exists, logs):
+            with reading(file):
+                rows = file.read_bytes().splitlines(True)
+                if rows and not rows[-1].endswith(b"\n"):  # torn by a kill
+                    rows.pop()
+                steps = [json.loads(row)["step"] for row in rows]
+                keep[file] = sum(len(x) for x, step in zip(rows, steps) if step <= self.done)
+            refuse_if(not self.checkpoint and max(steps, default=0) > self.config.save_every,
+                      f"{self.path} has lost its checkpoints: bring them back, or delete it")
         (self.path / ".part").write_text(json.dumps(settings, indent=2))
         (self.path / ".part").replace(self.path / "config.json")  # a kill leaves one of them whole
-        for name in ("metrics.jsonl", "samples.jsonl"):  # back to the checkpoint; no torn line
-            with reading(self.path / name), (self.path / name).open("a+b") as file:
-                file.seek(0)
-                rows = takewhile(lambda row: row.endswith(b"}\n"), file)
-                done = takewhile(lambda row: json.loads(row)["step"] <= self.done, rows)
-                file.truncate(sum(map(len, done)))
+        for file, size in keep.items():
+            os.truncate(file, size)
         n, c = model.num_parameters(), self.config
         self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
         tqdm.write(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
@@ -935,8 +956,10 @@ class Run:
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
+        buffers = model.state_dict().keys() & dict(model.named_buffers()).keys()
         state = {name: w.to("cpu", model.own_dtype)
                  for (name, _), w in zip(model.named_parameters(), weights)}
+        state |= {name: model.state_dict()[name].cpu() for name in buffers}
         try:
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict=state)
@@ -954,7 +977,10 @@ class Run:
         for folder in older:
             (folder / "trainer.pt").unlink(missing_ok=True)
         for folder in older[self.config.keep - 1 :]:
-            shutil.rmtree(folder.rename(aside))
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder.rename(aside))
 
     def finish(self):
         """Draw the log, say what the run did or how to go on. Returns the log's last row."""
@@ -1026,8 +1052,9 @@ class Output:
     """A stream of any encoding; once nobody reads it (`| head`), the run stops as after SIGTERM."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")
+        with suppress(AttributeError):  # a notebook's stream takes any text
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
