@@ -138,6 +138,8 @@ WRONG = [  # gold, replies
       r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
       r"5 \text{ or more}", "> 5", "x > 5", r"5 \text{ million}", "5x", "2x = 5", "", " ",
       r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six"]),
+    ("5", ["-x = 5", r"\neg x = 5", r"\text{not } x = 5", r"-\angle A = 5"]),
+    (r"^\circ", ["", " "]),
     ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
     ("30", ["5 6", "5) 6"]),
     ("B", ["A or B", "A, B", "AB", "A"]),

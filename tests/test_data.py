@@ -306,3 +306,17 @@ def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding,
     assert "1+1" in said and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", said)
     sample = json.loads((tmp_path / "rün" / "samples.jsonl").read_text())
     assert sample["problem"] == HOSTILE["problem"]
+
+
+def test_a_template_that_drops_the_question_is_refused(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "hello"
+    assert "drops the question" in refused([GOOD], tmp_path, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("suffix, text", [("csv", "problem,answer\n1+1,007\n"),
+                                          ("json", '[{"problem": "1+1", "answer": 0.10}]')])
+def test_a_file_of_any_kind_in_a_folder_is_read_as_written(suffix, text, tmp_path):
+    (tmp_path / f"train.{suffix}").write_text(text)
+    found = real.load_problems(TOKENIZER, Config(), str(tmp_path), "train")
+    assert [p["answer"] for p in found] in (["007"], ["0.10"])

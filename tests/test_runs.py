@@ -555,3 +555,83 @@ def test_soak(tmp_path):
     sizes, handles = zip(*seen)
     assert max(sizes) < 1.05 * sizes[0] and max(handles) <= handles[0] + 2
     assert [row["step"] for row in metrics(folder)] == list(range(1, 1001))
+
+
+# ---- What a hostile user found -------------------------------------------------------------------
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(copy):
+    for folder in copy.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert "lost its checkpoints" in refused(copy, *GO_ON)
+
+
+def test_a_checkpoint_that_is_a_link_is_never_written_through(copy, tmp_path):
+    for step in (4, 6):
+        (copy / f"checkpoint-{step:06d}").rename(tmp_path / str(step))
+        (copy / f"checkpoint-{step:06d}").symlink_to(tmp_path / str(step))
+    weights = (tmp_path / "4" / "model.safetensors").read_bytes()
+    train(copy, *GO_ON)
+    train(copy, "--resume", "--steps", "8", "--max_new_tokens", "8")
+    assert sorted(p.name for p in copy.glob("*checkpoint*")) == [
+        "checkpoint-000007", "checkpoint-000008"]
+    assert (tmp_path / "4" / "model.safetensors").read_bytes() == weights
+
+
+def test_resume_refuses_another_model(copy, tmp_path):
+    model = shutil.copytree(real.TINY, tmp_path / "model")
+    assert "is a run of --model" in refused(copy, *GO_ON, "--model", model)
+
+
+def test_a_log_with_other_line_ends_loses_no_row(copy):
+    log = copy / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"\n", b"\r\n"))
+    train(copy, *GO_ON)
+    assert [row["step"] for row in metrics(copy)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_nohup_is_obeyed(tmp_path, monkeypatch):
+    """A signal that is ignored when a run starts stays ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals(monkeypatch, signal.SIGHUP)
+    try:
+        assert train(tmp_path / "run", "--steps", "3")["step"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_fingerprint_is_of_the_problems_and_not_of_a_date_in_the_template(copy, monkeypatch):
+    load = real.load_problems
+    monkeypatch.setattr(real, "load_problems", lambda *args: [
+        p | {"prompt_ids": p["prompt_ids"] + [13]} for p in load(*args)])
+    assert train(copy, *GO_ON)["step"] == 7
+
+
+def test_persistent_buffers_are_saved(tmp_path, monkeypatch):
+    load = real.load_model
+
+    def with_buffer(name):
+        model, tokenizer = load(name)
+        model.base_model.register_buffer("bias_of_a_router", torch.arange(3.0))
+        return model, tokenizer
+
+    monkeypatch.setattr(real, "load_model", with_buffer)
+    train(tmp_path / "run", "--steps", "1")
+    saved = load_file(tmp_path / "run" / "checkpoint-000001" / "model.safetensors")
+    assert saved["model.bias_of_a_router"].tolist() == [0, 1, 2]
+
+
+def test_a_notebooks_stream_and_a_closed_one_are_written_to(monkeypatch):
+    class Stream:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    stream = Stream()
+    real.Output(stream).write("π")
+    real.Output(None).write("nowhere")
+    assert stream.text == "π"

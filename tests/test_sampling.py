@@ -213,3 +213,22 @@ def test_all_sequences_of_the_toy_are_counted():
     possible = [o for n in (1, 2, 3) for o in product(range(6), repeat=n)
                 if 1 not in o[:-1] and (n == 3 or o[-1] == 1)]
     assert set(found) == set(possible) and sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("slots", [4, 2048])
+def test_eager_attention_samples_what_sdpa_does(slots):
+    """It adds its mask, so a boolean one would hide nothing: prompts of many lengths, greedily."""
+    model, _, problems = tiny()
+    prompts = [torch.tensor((2 * p["prompt_ids"])[:n])
+               for p, n in zip(problems, (40, 10, 30, 7, 22, 50))]
+    ids, mask = real.sample(model, prompts, 2, [1], 20, 0, slots=slots)
+    model.set_attn_implementation("eager")
+    again, also = real.sample(model, prompts, 2, [1], 20, 0, slots=slots)
+    assert torch.equal(ids, again) and torch.equal(mask, also)
+
+
+@pytest.mark.parametrize("label", [0.3, -1, float("nan"), 2])
+def test_a_label_that_is_none_is_refused(label):
+    model, tokenizer, problems = tiny()
+    with pytest.raises(real.UserError, match="0 or 1"):
+        real.rollouts(model, tokenizer, problems[:1], 2, QUICK, lambda problem, texts: [1, label])
