@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import atlas  # noqa: E402
 import real  # noqa: E402
 import runlog  # noqa: E402
 
@@ -50,8 +51,9 @@ def with_kl_on_mixed(objective):
     return loss
 
 
-real.OBJECTIVES |= {"real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
-                    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
+real.OBJECTIVES |= atlas.OBJECTIVES | {
+    "real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
+    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
 WIDE = {"GSPO, clip x 10": {"objective": "gspo", "eps_low": 0.003, "eps_high": 0.004}}
 KL_ARMS = {"REAL, KL on all groups": {"objective": "real", "kl_ref": KL},
@@ -103,12 +105,15 @@ def at_an_end(updates, arms):
                 yield from sweep(updates, {name: m}, [float(f"{end * factor:g}")])
 
 
-def main_groups(updates, arms):
-    """The sweep, then the runs; a group needs the logs of the groups before it."""
+def sweep_groups(updates, arms):
+    """The sweep, a rate wider until no method does best at an end."""
     yield sweep(updates, arms, RATES[updates])
     while wider := list(at_an_end(updates, arms)):
         yield wider
-    yield seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
+
+
+def main_runs(updates, arms):
+    return seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
 
 
 def eq9(regime, settings):
@@ -120,15 +125,19 @@ def eq9(regime, settings):
 
 
 def plan():
-    """Groups of runs, in the order of plan.md."""
-    yield from main_groups(16, {k: METHODS[k] for k in ("REAL", "GRPO", "DAPO", "GSPO")} | WIDE)
-    yield seeds("kl", 16, KL_ARMS, lambda arm: best_rate(16, arm[:4]))
-    yield eq9("tau 0.5", {})
-    yield from main_groups(4, METHODS)
-    yield eq9("tau 0.05", {"tau": 0.05})
-    yield eq9("one label in five flipped", {"flip": 0.2})
-    yield eq9("tau 0.005", {"tau": 0.005})
-    yield from main_groups(16, {"TRPA": METHODS["TRPA"]})
+    """Runs in the order of plan.md; a group needs the logs of the groups before it."""
+    two, three = ({name: METHODS[name] for name in names.split()}
+                  for names in ("REAL GRPO", "DAPO GSPO"))
+    yield from sweep_groups(16, two | three | WIDE)
+    yield (main_runs(16, two) + seeds("kl", 16, KL_ARMS, lambda arm: best_rate(16, arm[:4]))
+           + eq9("tau 0.5", {}) + main_runs(16, three | WIDE))
+    yield from sweep_groups(4, METHODS)
+    yield (main_runs(4, METHODS) + eq9("tau 0.05", {"tau": 0.05})
+           + eq9("one label in five flipped", {"flip": 0.2}) + eq9("tau 0.005", {"tau": 0.005}))
+    yield from sweep_groups(16, {"TRPA": METHODS["TRPA"]})
+    yield main_runs(16, {"TRPA": METHODS["TRPA"]})
+    yield seeds("atlas", 16, {name: {"objective": name} for name in atlas.OBJECTIVES},
+                lambda _: best_rate(16, "REAL"), range(5))
 
 
 # ==== How it is run ==============================================================================
