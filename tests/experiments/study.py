@@ -266,10 +266,12 @@ def run_missing(jobs, until, groups):
             work = {pool.submit(execute, run, until): run for run in group if run[:3] not in done}
             for job in tqdm(as_completed(work), total=len(work)):
                 if job.result() is None:
-                    return
+                    continue
                 (experiment, arm, seed, settings), (rows, seconds) = work[job], job.result()
                 runlog.append("study", rows, KEYS, experiment=experiment, arm=arm, seed=seed,
                               config=BUDGET | settings, seconds=seconds, real=commit)
+            if time.time() > until:
+                return
 
 
 # ==== What came of it ============================================================================
@@ -338,7 +340,7 @@ def families():
         (main, "REAL", frozen, "frozen credit")] + [
         (frozen, arm, frozen, "frozen credit") for arm in TAUS] + [
         (frozen, "REAL, one label in five flipped", frozen, "frozen, one label in five flipped")]
-    return {title: {f"{x} - {y}": [i - j for i, j in zip(a[x], b[y])]
+    return {title: {f"{x} minus {y}": [i - j for i, j in zip(a[x], b[y])]
                     for a, x, b, y in pairs if x != y and x in a and y in b}
             for title, pairs in wanted.items()}
 
@@ -361,18 +363,41 @@ def rates(experiment, log="study"):
             if run["experiment"] == experiment}
 
 
+def taken(rows):
+    """The norms of a run's updates; those without credit were not taken."""
+    return [norm for row in rows for norm in row["update_norms"] if norm is not None]
+
+
+def scores(runs):
+    """Median and upper decile of |s_bar| / tau after a step's first update, as text."""
+    found = [row["s_over_tau"] for rows in runs for row in rows if "s_over_tau" in row]
+    return "{:.3f}, {:.3f}".format(*map(statistics.mean, list(zip(*found))[:2]))
+
+
 def overview():
     """Print the outcome of all complete arms: mean and 95% interval over ten seeds."""
-    print("| objective | updates a step | lr | Pass@1, mean of steps 20, 30, 40 | step 20 "
-          "| step 40 |\n|---|---|---|---|---|---|")
+    print("| objective | updates a step | lr | Pass@1, mean of steps 20, 30, 40 | step 40 "
+          "| updates taken | score / tau: median, upper decile |\n|---|---|---|---|---|---|---|")
     for experiment, updates in (("main16", 16), ("kl", 16), ("eq9", 16), ("main4", 4)):
         lr = rates(experiment)
         for arm, runs in complete(experiment).items():
-            ends = [[next(r["pass@1"] for r in rows if r["step"] == step) for rows in runs]
-                    for step in (20, 40)]
-            cells = ["{:.3f} ± {:.3f}".format(*interval(values))
-                     for values in ([outcome(rows) for rows in runs], *ends)]
-            print(f"| {arm} | {updates} | {lr[arm]:g} | " + " | ".join(cells) + " |")
+            cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in (
+                [outcome(rows) for rows in runs], [rows[-1]["pass@1"] for rows in runs])]
+            count = statistics.mean(len(taken(rows)) for rows in runs)
+            print(f"| {arm} | {updates} | {lr[arm]:g} | {' | '.join(cells)} | {count:.0f} "
+                  f"| {scores(runs)} |")
+    print()
+
+
+def lengths():
+    """Print the mean norm of an update in steps with few and with many mixed groups."""
+    print("| KL on all groups | steps with at most 15% mixed groups | with 35% or more |\n"
+          "|---|---|---|")
+    for method in ("REAL", "GRPO"):
+        rows = [row for run in read("kl")[f"{method}, KL on all groups"] for row in run]
+        few, many = (statistics.mean(taken([row for row in rows if wanted(row["mixed"])]))
+                     for wanted in (lambda x: x <= 0.15, lambda x: x >= 0.35))
+        print(f"| {method} | {few:.4f} | {many:.4f} |")
     print()
 
 
@@ -395,8 +420,8 @@ def table(experiment, log="study"):
     new = log == "study"
     lr, found = rates(experiment, log), read(experiment, log)
     print("| method | lr | seeds | Pass@1, step 20 | step 40 | reward | entropy (nats) | solved "
-          "| length (tokens) |" + " updates taken | clipped | norm of an update |" * new
-          + "\n" + "|---" * (9 + 3 * new) + "|")
+          "| length (tokens) |" + " updates taken | clipped | norm of an update "
+          "| score / tau: median, upper decile |" * new + "\n" + "|---" * (9 + 4 * new) + "|")
     for arm, runs in found.items():
         cells = [[next(r["pass@1"] for r in rows if r["step"] == 20) for rows in runs],
                  [rows[-1]["pass@1"] for rows in runs]]
@@ -404,12 +429,12 @@ def table(experiment, log="study"):
             cells.append([statistics.mean(r[key] for r in rows[-10:]) for rows in runs])
         shown = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in cells]
         if new:
-            norms = [[x for r in rows for x in r["update_norms"] if x is not None]
-                     for rows in runs]
-            taken = sum(map(len, norms))
-            shown += [f"{taken / len(runs):.0f}",
-                      f"{sum(r['clipped'] for rows in runs for r in rows) / taken:.0%}",
-                      "{:.4f} ± {:.4f}".format(*interval([statistics.mean(x) for x in norms]))]
+            norms = [taken(rows) for rows in runs]
+            count = sum(map(len, norms))
+            shown += [f"{count / len(runs):.0f}",
+                      f"{sum(r['clipped'] for rows in runs for r in rows) / count:.0%}",
+                      "{:.4f} ± {:.4f}".format(*interval([statistics.mean(x) for x in norms])),
+                      scores(runs)]
         print(f"| {arm} | {lr[arm]:g} | {len(runs)} | " + " | ".join(shown) + " |")
     print()
 
@@ -429,6 +454,7 @@ def main():
         run_missing(args.jobs, until, plan())
     overview()
     verdicts()
+    lengths()
     for experiment in dict.fromkeys(run["experiment"] for run in runlog.read("study")):
         print(f"**{experiment}** (reward, entropy, solved and length: mean of the last 10 steps)\n")
         table(experiment)
