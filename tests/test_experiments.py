@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 
@@ -33,22 +37,113 @@ def test_the_benchmark_runs_a_step():
     assert seconds > 0 and 16 * 8 < tokens <= 16 * 8 * 48
 
 
-def test_a_study_run_becomes_a_line_of_its_log_and_is_read_again(tmp_path, monkeypatch):
+@pytest.fixture
+def study(tmp_path, monkeypatch):
     study = load("study")
     monkeypatch.setattr(study.runlog, "LOGS", tmp_path)
+    monkeypatch.setattr(study.real, "OBJECTIVES", study.real.OBJECTIVES)
+    return study
+
+
+def test_a_study_run_becomes_a_line_of_its_log_and_is_read_again(study, monkeypatch):
     monkeypatch.setattr(study, "BUDGET", dict(steps=2, eval_every=1, eval_samples=1, eval_limit=4,
                                               prompts=4, mini_batches=2, warmup=0))
-    settings = study.FROZEN["frozen credit"] | {"lr": 1e-4}
-    rows, seconds = study.execute(("main", "frozen credit", 0, settings))
-    study.runlog.append("study", rows, study.KEYS, experiment="main", arm="frozen credit", seed=0,
-                        config=settings, seconds=seconds)
-    (read,), = study.read("main").values()
-    assert [row["step"] for row in read] == [1, 2] and "pass@1_before" in read[0]
-    assert read[1]["pass@1"] == round(rows[1]["pass@1"], 5)
-    shares = read[0]["ratio_shares"]
-    assert abs(sum(shares["right"] + shares["wrong"]) - 1) < 1e-4  # 6 numbers of 5 digits
-    for arm, objective in (study.METHODS | study.WHY | study.VARIANTS).items():
-        study.real.Config(**objective)  # each is a setting that exists
+    monkeypatch.setattr(study, "OUTCOME", (2,))
+    settings = study.TAUS["frozen credit"] | {"lr": 1e-4, "flip": 0.2}
+    rows, seconds = study.execute(("sweep16", "frozen credit", 0, settings))
+    assert study.execute(("sweep16", "frozen credit", 0, settings), until=0) is None
+    study.runlog.append("study", rows, study.KEYS, experiment="sweep16", arm="frozen credit",
+                        seed=0, config=settings, seconds=seconds)
+    (read,), = study.read("sweep16").values()
+    assert [row["step"] for row in read] == [1, 2] and "pass@1" not in read[0]
+    assert study.outcome(read) == read[1]["pass@1"] == pytest.approx(rows[1]["pass@1"], rel=5e-5)
+    for row in rows:  # AdamW's first step moves every weight by the rate
+        assert len(row["update_norms"]) == 2 and all(x > 0 for x in row["update_norms"] if x)
+    moved = next(x for row in rows for x in row["update_norms"] if x)
+    size = sum(p.numel() for p in study.real.load_model(study.real.TINY)[0].parameters())
+    assert moved == pytest.approx(1e-4 * size**0.5, rel=0.1)
+    assert study.real.update.__module__ == study.real.Run.log.__module__ == "real"
+
+
+def test_the_plan_is_made_of_settings_that_exist(study, monkeypatch):
+    monkeypatch.setattr(study, "swept", lambda updates, method: {1e-5: 0.1, 5e-5: 0.3, 1e-4: 0.2})
+    groups = list(study.plan())
+    runs = [run for group in groups for run in group]
+    assert len({run[:3] for run in runs}) == len(runs)
+    for *_, settings in runs:
+        study.real.Config(**{k: v for k, v in settings.items() if k != "flip"})
+    monkeypatch.setattr(study, "swept", lambda updates, method: {1e-5: 0.1, 5e-5: 0.2, 1e-4: 0.3})
+    (_, arm, *_), = study.at_an_end(16, {"GSPO": {}})
+    assert arm == "GSPO at 0.0002"
+
+
+def test_what_the_study_skips_gives_no_credit(study):
+    """A group that is all right or all wrong, under the objectives of SILENT: no push at all."""
+    torch.manual_seed(0)
+    old_logp = -torch.rand(2, 4, 5)
+    batch = {"old_logp": old_logp, "ref_logp": old_logp + 0.1,
+             "mask": torch.ones_like(old_logp) > 0,
+             "labels": torch.tensor([[True] * 4, [False] * 4])}
+    for name in study.SILENT:
+        config = study.real.Config(objective=name)
+        assert not study.real.credit(old_logp + 0.3, batch, config)[1].any()
+
+
+def test_kl_on_mixed_groups_is_eq_1_there_and_nothing_elsewhere(study):
+    torch.manual_seed(0)
+    old_logp = -torch.rand(3, 4, 5, dtype=torch.float64)
+    logp, mask = old_logp + 0.2 * torch.randn_like(old_logp), torch.ones_like(old_logp) > 0
+    labels = torch.tensor([[True] * 4, [False] * 4, [True, False, False, True]])
+    given = dict(logp=logp, old_logp=old_logp, mask=mask, labels=labels)
+    added = (study.real.OBJECTIVES["grpo_kl_mixed"](**given, ref_logp=old_logp)
+             - study.real.grpo(**given))
+    d = (old_logp - logp)[2]
+    assert added.item() == pytest.approx(0.001 * (d.exp() - d - 1).mean().item() / 3, rel=1e-9)
+
+
+def test_frozen_credit_is_that_of_a_policy_that_did_not_move(study):
+    torch.manual_seed(0)
+    old_logp = -torch.rand(1, 4, 5, dtype=torch.float64)
+    batch = {"old_logp": old_logp, "mask": torch.ones_like(old_logp) > 0,
+             "labels": torch.tensor([[True, False, False, True]])}
+    push = [study.real.credit(logp, batch, study.real.Config(objective=name))[1] for logp, name in (
+        (old_logp, "real"), (old_logp - 1, "real_frozen"), (old_logp - 1, "real"))]
+    assert torch.allclose(push[0], push[1], rtol=1e-12)  # one more rounding of the sum
+    assert not torch.allclose(push[0], push[2], rtol=0.01)
+
+
+def test_other_problems_are_in_neither_file_and_flipped_labels_are_every_objective_s(study):
+    study.other_problems(study.runlog.LOGS / "other.jsonl")
+    other = [json.loads(line) for line in (study.runlog.LOGS / "other.jsonl").open()]
+    known = {json.loads(line)["problem"] for name in ("train", "test")
+             for line in (study.ROOT / "tiny" / f"{name}.jsonl").open()}
+    assert len({row["problem"] for row in other} - known) == len(other) == 256
+    texts = [f"</think> \\boxed{{{row['answer']}}}" for row in other]
+    label = study.flipping(0.2, seed=0)
+    labels = [label(row, [text] * 8) for row, text in zip(other, texts)]
+    assert labels == [label(row, [text] * 8) for row, text in zip(other, texts)]
+    assert 0.17 < sum(not x for group in labels for x in group) / 2048 < 0.23  # 3.4 deviations
+
+
+def test_verdicts_by_hand(study):
+    """Holm: the smallest of four p times 4, the next times 3, and never less than one before."""
+    spread = [-0.02, -0.01, 0.0, 0.01, 0.02]
+    family = {"far": [0.2 + x for x in spread], "near": [x / 10 for x in spread],
+              "vague": [0.012 + x for x in spread], "small": [0.005 + x / 50 for x in spread]}
+    found = {name: rest for name, *rest in study.judge(family)}
+    assert {name: verdict for name, (*_, verdict) in found.items()} == {
+        "far": "different", "near": "equal", "vague": "undecided",
+        "small": "different, within the band"}
+    t = 0.2 / (statistics.stdev(spread) / 5**0.5)  # 4 degrees of freedom: p in closed form
+    p = 1 - t * (t * t + 6) / (t * t + 4) ** 1.5
+    assert found["far"][2] == pytest.approx(3 * p, rel=1e-6)  # after "small"
+
+
+@pytest.mark.parametrize("table", ["overview", "verdicts", "lengths", "first"])
+def test_the_studys_tables_in_the_readme_come_from_the_logs(table, capsys):
+    getattr(load("study"), table)()
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n") > 2 and printed in (EXPERIMENTS / "README.md").read_text()
 
 
 def test_random_labels_are_shuffled_within_a_mini_batch(tmp_path, monkeypatch):

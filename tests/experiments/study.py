@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import atlas  # noqa: E402
 import real  # noqa: E402
 import runlog  # noqa: E402
 
@@ -50,14 +51,17 @@ def with_kl_on_mixed(objective):
     return loss
 
 
-real.OBJECTIVES |= {"real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
-                    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
+real.OBJECTIVES |= atlas.OBJECTIVES | {
+    "real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
+    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
 WIDE = {"GSPO, clip x 10": {"objective": "gspo", "eps_low": 0.003, "eps_high": 0.004}}
 KL_ARMS = {"REAL, KL on all groups": {"objective": "real", "kl_ref": KL},
            "REAL, KL on mixed groups": {"objective": "real_kl_mixed"},
            "GRPO, KL on all groups": {"objective": "grpo", "kl_ref": KL},
            "GRPO, KL on mixed groups": {"objective": "grpo_kl_mixed"}}
+TAUS = {"frozen credit": {"objective": "real_frozen"}} | {
+    f"REAL, tau {tau}": {"objective": "real", "tau": tau} for tau in (0.005, 0.05)}
 UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the first five steps
 RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
@@ -103,32 +107,38 @@ def at_an_end(updates, arms):
                 yield from sweep(updates, {name: m}, [float(f"{end * factor:g}")])
 
 
-def main_groups(updates, arms):
-    """The sweep, then the runs; a group needs the logs of the groups before it."""
+def sweep_groups(updates, arms):
+    """The sweep, a rate wider until no method does best at an end."""
     yield sweep(updates, arms, RATES[updates])
     while wider := list(at_an_end(updates, arms)):
         yield wider
-    yield seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
 
 
-def eq9(regime, settings):
-    """REAL and REAL with frozen credit; REAL as it is is in main16."""
-    arms = {f"{name}, {regime}": {"objective": objective} | settings
-            for name, objective in (("REAL", "real"), ("frozen", "real_frozen"))
-            if settings or name == "frozen"}
+def main_runs(updates, arms):
+    return seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
+
+
+def regime(name, **settings):
+    """REAL and REAL with frozen credit, in a setting of their own."""
+    arms = {f"{kind}, {name}": {"objective": objective} | settings
+            for kind, objective in (("REAL", "real"), ("frozen", "real_frozen"))}
     return seeds("eq9", 16, arms, lambda _: best_rate(16, "REAL"))
 
 
 def plan():
-    """Groups of runs, in the order of plan.md."""
-    yield from main_groups(16, {k: METHODS[k] for k in ("REAL", "GRPO", "DAPO", "GSPO")} | WIDE)
-    yield seeds("kl", 16, KL_ARMS, lambda arm: best_rate(16, arm[:4]))
-    yield eq9("tau 0.5", {})
-    yield from main_groups(4, METHODS)
-    yield eq9("tau 0.05", {"tau": 0.05})
-    yield eq9("one label in five flipped", {"flip": 0.2})
-    yield eq9("tau 0.005", {"tau": 0.005})
-    yield from main_groups(16, {"TRPA": METHODS["TRPA"]})
+    """Runs in the order of plan.md; a group needs the logs of the groups before it."""
+    two, three = ({name: METHODS[name] for name in names.split()}
+                  for names in ("REAL GRPO", "DAPO GSPO"))
+    yield from sweep_groups(16, two | three | WIDE)
+    yield (main_runs(16, two) + seeds("kl", 16, KL_ARMS, lambda arm: best_rate(16, arm[:4]))
+           + seeds("eq9", 16, TAUS, lambda _: best_rate(16, "REAL"))
+           + main_runs(16, three | WIDE))
+    yield from sweep_groups(4, METHODS)
+    yield main_runs(4, METHODS) + regime("one label in five flipped", flip=0.2)
+    yield from sweep_groups(16, {"TRPA": METHODS["TRPA"]})
+    yield main_runs(16, {"TRPA": METHODS["TRPA"]})
+    yield seeds("atlas", 16, {name: {"objective": name} for name in atlas.OBJECTIVES},
+                lambda _: best_rate(16, "REAL"), range(5))
 
 
 # ==== How it is run ==============================================================================
@@ -256,10 +266,12 @@ def run_missing(jobs, until, groups):
             work = {pool.submit(execute, run, until): run for run in group if run[:3] not in done}
             for job in tqdm(as_completed(work), total=len(work)):
                 if job.result() is None:
-                    return
+                    continue
                 (experiment, arm, seed, settings), (rows, seconds) = work[job], job.result()
                 runlog.append("study", rows, KEYS, experiment=experiment, arm=arm, seed=seed,
                               config=BUDGET | settings, seconds=seconds, real=commit)
+            if time.time() > until:
+                return
 
 
 # ==== What came of it ============================================================================
@@ -283,9 +295,148 @@ def interval(values, share=0.95):
     from scipy.stats import t
 
     n = len(values)
-    half = t.ppf((1 + share) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else (
-        math.nan)
-    return statistics.mean(values), half
+    spread = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.mean(values), t.ppf((1 + share) / 2, n - 1) * spread
+
+
+def judge(family):
+    """The plan's verdicts on {comparison: paired differences}.
+
+    Yields comparison, mean, half of the simultaneous interval, Holm's p and the verdict.
+    """
+    from scipy.stats import ttest_1samp
+
+    p = {name: float(ttest_1samp(values, 0).pvalue) for name, values in family.items()}
+    holm, worst = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=p.get)):  # the smallest first
+        worst = max(worst, min(1.0, (len(p) - rank) * p[name]))
+        holm[name] = worst
+    for name, values in family.items():
+        mean, half = interval(values, 1 - 0.05 / len(family))
+        equal = abs(mean) + half <= BAND
+        verdict = {(True, True): "different, within the band", (True, False): "different",
+                   (False, True): "equal", (False, False): "undecided"}[holm[name] < 0.05, equal]
+        yield name, mean, half, holm[name], verdict
+
+
+def complete(experiment, seeds=SEEDS):
+    """{arm: [rows of each seed]} of arms with all their seeds; the others count as not run."""
+    return {arm: runs for arm, runs in read(experiment).items() if len(runs) == len(seeds)}
+
+
+def families():
+    """{title: {comparison: differences of the outcome, seed by seed}}, of complete arms."""
+    main, four, kl, frozen = (
+        {arm: [outcome(rows) for rows in runs] for arm, runs in complete(e).items()}
+        for e in ("main16", "main4", "kl", "eq9"))
+    wanted = {"16 updates a step": [(main, "REAL", main, m) for m in (*METHODS, *WIDE)],
+              "4 updates a step": [(four, "REAL", four, m) for m in METHODS]}
+    wanted["KL, 16 updates a step"] = [
+        (kl, f"{m}, KL on {which} groups", main, m) for which in ("all", "mixed")
+        for m in ("REAL", "GRPO")] + [
+        (kl, f"REAL, KL on {which} groups", kl, f"GRPO, KL on {which} groups")
+        for which in ("all", "mixed")]
+    wanted["REAL and its frozen credit, 16 updates a step"] = [
+        (main, "REAL", frozen, "frozen credit")] + [
+        (frozen, arm, frozen, "frozen credit") for arm in TAUS] + [
+        (frozen, "REAL, one label in five flipped", frozen, "frozen, one label in five flipped")]
+    return {title: {f"{x} minus {y}": [i - j for i, j in zip(a[x], b[y])]
+                    for a, x, b, y in pairs if x != y and x in a and y in b}
+            for title, pairs in wanted.items()}
+
+
+def verdicts():
+    """Print a Markdown table of the plan's comparisons, a block a family."""
+    print("| comparison | difference, simultaneous 95% interval | p (Holm) | verdict |\n"
+          "|---|---|---|---|")
+    for title, family in families().items():
+        if family:
+            print(f"| **{title}** | | | |")
+        for name, mean, half, p, verdict in judge(family):
+            print(f"| {name} | {mean:+.3f} ± {half:.3f} | {p:.2g} | {verdict} |")
+    print()
+
+
+def rates(experiment, log="study"):
+    """{arm: learning rate}"""
+    return {run["arm"]: run["config"]["lr"] for run in runlog.read(log)
+            if run["experiment"] == experiment}
+
+
+def taken(rows):
+    """The norms of a run's updates; those without credit were not taken."""
+    return [norm for row in rows for norm in row["update_norms"] if norm is not None]
+
+
+def scores(runs):
+    """Median and upper decile of |s_bar| / tau after a step's first update, as text."""
+    found = [row["s_over_tau"] for rows in runs for row in rows if "s_over_tau" in row]
+    return "{:.3f}, {:.3f}".format(*map(statistics.mean, list(zip(*found))[:2]))
+
+
+def overview():
+    """Print the outcome of all complete arms: mean and 95% interval over ten seeds."""
+    print("| objective | updates a step | lr | Pass@1, mean of steps 20, 30, 40 | step 40 "
+          "| updates taken | score / tau: median, upper decile |\n|---|---|---|---|---|---|---|")
+    for experiment, updates in (("main16", 16), ("kl", 16), ("eq9", 16), ("main4", 4)):
+        lr = rates(experiment)
+        for arm, runs in complete(experiment).items():
+            cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in (
+                [outcome(rows) for rows in runs], [rows[-1]["pass@1"] for rows in runs])]
+            count = statistics.mean(len(taken(rows)) for rows in runs)
+            print(f"| {arm} | {updates} | {lr[arm]:g} | {' | '.join(cells)} | {count:.0f} "
+                  f"| {scores(runs)} |")
+    print()
+
+
+def lengths():
+    """Print the mean norm of an update in steps with few and with many mixed groups."""
+    print("| KL on all groups | steps with at most 15% mixed groups | with 35% or more |\n"
+          "|---|---|---|")
+    for method in ("REAL", "GRPO"):
+        rows = [row for run in read("kl")[f"{method}, KL on all groups"] for row in run]
+        few, many = (statistics.mean(taken([row for row in rows if wanted(row["mixed"])]))
+                     for wanted in (lambda x: x <= 0.15, lambda x: x >= 0.35))
+        print(f"| {method} | {few:.4f} | {many:.4f} |")
+    print()
+
+
+def first():
+    """Print the first study's Pass@1 after 40 steps, in which GRPO had a KL and REAL had none."""
+    columns = {"main": "4 updates a step", "stale": "16 updates a step"}
+    found = {e: {m: [rows[-1]["pass@1"] for rows in runs]
+                 for m, runs in read(e, "study_first").items()} for e in (*columns, "ablation")}
+    found["main"] |= found.pop("ablation")
+    print(f"| method | {' | '.join(columns.values())} |\n|---|---|---|")
+    for method in (*METHODS, "frozen credit"):
+        cells = [found[e].get(method) for e in columns]
+        cells = ["{:.3f} ± {:.3f}".format(*interval(values)) if values else "" for values in cells]
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def table(experiment, log="study"):
+    """Print a Markdown table of what an experiment's runs were like: mean and 95% interval."""
+    new = log == "study"
+    lr, found = rates(experiment, log), read(experiment, log)
+    print("| method | lr | seeds | Pass@1, step 20 | step 40 | reward | entropy (nats) | solved "
+          "| length (tokens) |" + " updates taken | clipped | norm of an update "
+          "| score / tau: median, upper decile |" * new + "\n" + "|---" * (9 + 4 * new) + "|")
+    for arm, runs in found.items():
+        cells = [[next(r["pass@1"] for r in rows if r["step"] == 20) for rows in runs],
+                 [rows[-1]["pass@1"] for rows in runs]]
+        for key in ("reward", "entropy", "solved", "response_length"):
+            cells.append([statistics.mean(r[key] for r in rows[-10:]) for rows in runs])
+        shown = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in cells]
+        if new:
+            norms = [taken(rows) for rows in runs]
+            count = sum(map(len, norms))
+            shown += [f"{count / len(runs):.0f}",
+                      f"{sum(r['clipped'] for rows in runs for r in rows) / count:.0%}",
+                      "{:.4f} ± {:.4f}".format(*interval([statistics.mean(x) for x in norms])),
+                      scores(runs)]
+        print(f"| {arm} | {lr[arm]:g} | {len(runs)} | " + " | ".join(shown) + " |")
+    print()
 
 
 def main():
@@ -301,6 +452,14 @@ def main():
                                           "%Y-%m-%d %H:%M"))
     if not args.tables:
         run_missing(args.jobs, until, plan())
+    overview()
+    verdicts()
+    lengths()
+    for experiment in dict.fromkeys(run["experiment"] for run in runlog.read("study")):
+        print(f"**{experiment}** (reward, entropy, solved and length: mean of the last 10 steps)\n")
+        table(experiment)
+    print("**The first study**\n")
+    first()
 
 
 if __name__ == "__main__":
