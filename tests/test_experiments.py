@@ -17,6 +17,7 @@ def load(name):
     spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(EXPERIMENTS))
+    sys.modules.pop("runlog", None)  # the assignments point theirs at logs of their own
     spec.loader.exec_module(module)
     sys.path.remove(str(EXPERIMENTS))
     return module
