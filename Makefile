@@ -11,6 +11,7 @@ test: .venv/test
 
 .venv/train: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	@echo "First .venv is set up, for a minute or more; then a model learns sums, a line a step."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -125,8 +125,9 @@ class Config:
             kinds = kind, int if kind is float else kind
             refuse_if(value != f.default and type(value) not in kinds,
                       f"--{f.name} {value!r} is no {kind.__name__}")
+            least = "above 0" if low == 1e-12 else f"at least {low}"
             refuse_if(type(value) in (int, float) and not low <= value < high,
-                      f"--{f.name} {value} must be at least {low:g} and below {high:g}")
+                      f"--{f.name} {value} must be {least} and below {high}")
             refuse_if(value != f.default and f.name in set(LOSS) - set(self.objective_arguments),
                       f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches,
@@ -780,8 +781,10 @@ def check_model(model, tokenizer, problems, config):
 
 def load_rows(path, name, split):
     """Rows of a file, a folder or a hub data set; numbers in text stay as written."""
-    file = next(Path(path).glob(f"{split}.*"), Path(path))  # in a folder, a file a split
     with reading(f"data {path}"):
+        kinds = ("jsonl", "json", "csv", "parquet")  # in a folder, a file a split
+        files = [Path(path) / f"{split}.{kind}" for kind in kinds]
+        file = next(filter(Path.is_file, files), Path(path))
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
         if file.suffix == ".parquet":
@@ -856,7 +859,8 @@ class Run:
         refuse_if(self.old and not config.resume, f"{self.path} holds a run: --resume goes on")
         refuse_if(self.old.get("model", config.model) != config.model,
                   f"{self.path} is a run of --model {self.old.get('model')}")
-        refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} steps, all")
+        refuse_if(self.done >= config.steps,
+                  f"{self.path} has done {self.done} steps: set more --steps to go on")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", timeout=0)
 
@@ -956,10 +960,10 @@ class Run:
         """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
         aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
         weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
-        buffers = model.state_dict().keys() & dict(model.named_buffers()).keys()
-        state = {name: w.to("cpu", model.own_dtype)
-                 for (name, _), w in zip(model.named_parameters(), weights)}
-        state |= {name: model.state_dict()[name].cpu() for name in buffers}
+        buffers = dict(model.named_buffers())  # of these the persistent ones are saved
+        state = {name: x.cpu() for name, x in model.state_dict().items() if name in buffers}
+        state |= {name: w.to("cpu", model.own_dtype)
+                  for (name, _), w in zip(model.named_parameters(), weights)}
         try:
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict=state)

@@ -44,6 +44,15 @@ def test_every_interval_comes_from_the_logs():
         assert f"\n| {row} |" in tables, row
 
 
+def test_every_interval_in_the_texts_of_the_notebook_comes_from_the_logs():
+    tables = printed("tests/experiments", "import study; study.overview(); study.verdicts(); "
+                     "study.first()")
+    cells = json.loads((ROOT / "notebook.ipynb").read_text())["cells"]
+    texts = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    intervals = re.findall(r"[\d.]+ ± [\d.]*\d", texts)
+    assert intervals and all(x in tables for x in intervals)
+
+
 def comparisons():
     """Texts that compare REAL with GRPO by the study's numbers."""
     for file in ("README.md", "tests/experiments/README.md", "tests/assignments/README.md"):
@@ -74,7 +83,8 @@ def test_every_command_is_one_that_the_parsers_take(tmp_path, monkeypatch):
         (real if script == "real" else evaluation).parse(shlex.split(flags))
     assert {script for script, _ in commands} == {"real", "eval"} and len(commands) >= 5
     flags = set(re.findall(r"--([a-z0-9_]+)", README[: README.index("## Larger machines")]))
-    assert flags - set(vars(real.parse([]))) == {"preset", "help", "notebook"}  # pytest's, the last
+    others = {"preset", "help", "notebook", "tables"}  # the last two: pytest's, study.py's
+    assert flags - set(vars(real.parse([]))) == others
 
 
 def test_every_link_leads_to_a_file():
