@@ -20,20 +20,7 @@ Where the paper is in this file          Shapes
     Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
 
-import csv
-import inspect
-import json
-import math
-import os
-import random
-import re
-import shlex
-import shutil
-import signal
-import sys
-import time
-import traceback
-import zlib
+import csv, inspect, json, math, os, random, re, shlex, shutil, signal, sys, time, traceback, zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
@@ -45,11 +32,8 @@ with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting thread
     if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
         os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
 
-import datasets
-import pandas
-import torch
+import datasets, pandas, torch, transformers
 import torch.nn.functional as F
-import transformers
 from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -117,17 +101,13 @@ class Config:
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        refuse_if(self.objective not in list(OBJECTIVES),
+        refuse_if(self.objective not in OBJECTIVES,
                   f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
-            value, (low, high) = getattr(self, f.name), RANGE.get(f.name, (1e-12, math.inf))
-            kind = getattr(f.type, "__args__", (f.type,))[0]  # of float | None: float
-            kinds = kind, int if kind is float else kind
-            refuse_if(value != f.default and type(value) not in kinds,
-                      f"--{f.name} {value!r} is no {kind.__name__}")
-            least = "above 0" if low == 1e-12 else f"at least {low}"
+            value = getattr(self, f.name)
+            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
             refuse_if(type(value) in (int, float) and not low <= value < high,
-                      f"--{f.name} {value} must be {least} and below {high}")
+                      f"--{f.name} {value} is outside [{low:g}, {high:g})")
             refuse_if(value != f.default and f.name in set(LOSS) - set(self.objective_arguments),
                       f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches,
@@ -135,8 +115,8 @@ class Config:
 
     @property
     def folder(self):
-        default = f"runs/{Path(self.model).name}-{self.objective}-seed{self.seed}"
-        return Path(self.output_dir or default)
+        name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
+        return Path(self.output_dir or f"runs/{name}")
 
     @property
     def objective_arguments(self):
@@ -180,10 +160,9 @@ def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True
     z = s_bar(logp, old_logp, mask) / tau
     z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
     z_n = z.masked_fill(positive, -ABSENT)  # S_-: likewise e^z_n = 0
-    if anchor:
-        zero = torch.zeros_like(z[:, :1])  # S_0 = {0}: the score of a policy that did not move
-        loss = softmax_ce(z_p, zero) + softmax_ce(zero, z_n)  # L_+ of Eq. 6 and L_- of Eq. 7
-    else:
+    zero = torch.zeros_like(z[:, :1])  # S_0 = {0}: the score of a policy that did not move
+    loss = softmax_ce(z_p, zero) + softmax_ce(zero, z_n)  # L_+ of Eq. 6 and L_- of Eq. 7
+    if not anchor:
         loss = softmax_ce(z_p, z_n)
     return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
 
@@ -250,21 +229,17 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} |
     "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
 
 def credit(logp, batch, config):
-    """The loss and its derivative by each log-probability: how hard each token is pushed.
-
-    Returns the scalar loss and dL/dlogp (Q, G, T); minus means "make it likelier". Its size over
-    1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 with Eq. 10: a share below 1, over
-    tau. All that tells methods apart is in here. Arguments come by name from batch and config.
-    """
+    """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
+    "make it likelier". Its size over 1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 with
+    Eq. 10: a share below 1, over tau. All that tells methods apart is in here."""
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
-        given = vars(config) | batch | {"logp": logp}
+        given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
         settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
         loss = OBJECTIVES[config.objective](**settings)
-        if config.kl_ref:
-            loss = loss + config.kl_ref * kl(logp, batch["ref_logp"], batch["mask"])
-        if config.kl_old:
-            loss = loss + config.kl_old * kl(logp, batch["old_logp"], batch["mask"])
+        for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
+            if weight:
+                loss = loss + weight * kl(logp, batch[other], batch["mask"])
         return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
@@ -272,8 +247,8 @@ def credit(logp, batch, config):
 def micro_batches(batch, rows, config):
     """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens once padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
-    longest, parts = batch["lengths"].amax(-1), []  # of each group
-    longest = longest.repeat_interleave(batch["lengths"].shape[1]).tolist()
+    longest, parts = batch["lengths"].amax(-1, keepdim=True), []
+    longest = longest.expand_as(batch["lengths"]).flatten().tolist()  # of the rollout's group
     for row in sorted(rows, key=lambda row: (longest[row], row)):
         if not parts or (len(parts[-1]) + 1) * longest[row] > config.micro_batch_tokens:
             parts.append([])
@@ -327,10 +302,10 @@ def token_logprobs(model, batch, rows, config):
 
 def all_logprobs(model, batch, config):
     """log pi_theta of every rollout of a batch: (Q, G, T)."""
-    logp = torch.zeros(batch["mask"].shape, device=batch["mask"].device).flatten(0, 1)
-    for rows in micro_batches(batch, range(len(logp)), config):
-        logp[rows] = token_logprobs(model, batch, rows, config)
-    return logp.view(batch["mask"].shape)
+    logp = torch.zeros_like(batch["mask"], dtype=torch.float32)
+    for rows in micro_batches(batch, range(logp[..., 0].numel()), config):
+        logp.flatten(0, 1)[rows] = token_logprobs(model, batch, rows, config)
+    return logp
 
 # ==== Sampling ====================================================================================
 
@@ -349,10 +324,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
-    side by side; when a quarter of them has ended, they make room for the next prompts.
-    """
-    model.eval()
-    device, G, total = model.device, group_size, len(prompts) * group_size
+    side by side; when a quarter of them has ended, they make room for the next prompts."""
+    device, G, total = model.eval().device, group_size, len(prompts) * group_size
     every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
     cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
@@ -365,9 +338,9 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
         active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
-            new, waiting = waiting[:free], waiting[free:]
-            cache.refill(model, active, [prompts[q] for q in new], G)
-            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in new for g in range(G)]
+            chosen, waiting = waiting[:free], waiting[free:]
+            cache.refill(model, active, [prompts[q] for q in chosen], G)
+            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in chosen for g in range(G)]
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
@@ -425,9 +398,8 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
     torch.manual_seed(config.seed)
-    problems = problems[: config.eval_limit]
-    batch = rollouts(model, tokenizer, problems, config.eval_samples, config)
-    return batch["labels"].float().mean().item()
+    chosen = problems[: config.eval_limit]
+    return rollouts(model, tokenizer, chosen, config.eval_samples, config)["labels"].float().mean()
 
 # ==== Update and training =========================================================================
 
@@ -437,8 +409,7 @@ def update(model, optimizer, batch, config):
     An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
     rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
     factor without a model, then each micro-batch brings its share of the sum; a single one keeps
-    the graph of its first forward pass. Without credit, or if not finite, the weights stay.
-    """
+    the graph of its first forward pass. Without credit, or if not finite, the weights stay."""
     Q, G = batch["labels"].shape
     whole = len(micro_batches(batch, range(Q * G), config)) == 1
     with torch.set_grad_enabled(whole):
@@ -460,10 +431,7 @@ def update(model, optimizer, batch, config):
 
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
-
-    Validation asks `label_group` in any case. Raises UserError, and SystemExit after Ctrl-C or
-    SIGTERM once the step at work is saved.
-    """
+    Validation asks `label_group` in any case. SystemExit after Ctrl-C, the step at work saved."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
         model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1 and 2
@@ -474,12 +442,9 @@ def train(config, label=label_group):
         check_model(model, tokenizer, problems + held_out, config)
         optimizer = make_optimizer(model.to(device), config)
         run.start(model, optimizer, problems)
-        reference = None  # the starting model, frozen
-        if config.kl_ref or "ref_logp" in config.objective_arguments:
-            reference = load_model(config.model)[0].to(device)
-            if config.low_memory:
-                round_weights(reference)
-        row = {}
+        reference, row = None, {}
+        if config.kl_ref or "ref_logp" in config.objective_arguments:  # the starting model, frozen
+            reference = load_model(config.model, model.dtype)[0].to(device)
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)
 
@@ -561,45 +526,38 @@ def metrics(batch, parts, updates):
     old_logp = torch.cat([part["old_logp"] for part in parts])
     s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
     loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
-    return {"loss": loss.mean(), "reward": labels.float().mean(),
+    return {"loss": loss.mean(), "grad_norm": norm.max(), "reward": labels.float().mean(),
             "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
             "cut_off": 1 - batch["ended"].float().mean(),
             "entropy": -old_logp[mask].mean(),  # an estimate: the tokens were drawn from pi_old
             "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
             "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
             "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
-            "spread_weight": weight.std(), "grad_norm": norm.max(),
-            "skipped": (~(loss + norm).isfinite()).sum()}
-
-def round_weights(model):
-    """Weights to bf16. (critical) Not the buffers: rounded rotary phases are off by radians."""
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
+            "spread_weight": weight.std(), "skipped": (~(loss + norm).isfinite()).sum()}
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
 
     At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
     low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
-    after each step.
-    """
+    after each step."""
     weights = list(model.parameters())
     refuse_if(not all(w.requires_grad for w in weights), "an adapter as --model: merge it first")
     if config.low_memory:
-        weights = [p.detach().cpu().requires_grad_() for p in weights]
-        round_weights(model)
         model.activation_checkpointing_enable()
-        transit = torch.empty(max(w.numel() for w in weights), dtype=torch.bfloat16,
+        home = {p: p.detach().cpu().requires_grad_() for p in weights}
+        transit = torch.empty(max(p.numel() for p in weights), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
-        home = dict(zip(model.parameters(), weights))
 
         def move(p):
             home[p].grad += transit[: p.numel()].view_as(p).copy_(p.grad)
             p.grad = None
 
         for p, w in home.items():
+            p.data = p.data.bfloat16()  # (critical) not the buffers: rounded rotary phases are off
             w.grad = torch.zeros_like(w)
             p.register_post_accumulate_grad_hook(move)
+        weights = list(home.values())
     optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
         weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
     if config.low_memory:
@@ -745,17 +703,17 @@ def reading(what):
         cause = [*str(e).strip().splitlines(), type(e).__name__][0]
         raise e if isinstance(e, UserError) else UserError(f"cannot use {what}: {cause}") from None
 
-def load_model(name):
+def load_model(name, dtype=torch.float32):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
     advice = " (delete it to go on from the one before)" * ("checkpoint-" in str(name))
     with reading(f"model {name}{advice}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", trust_remote_code=False, output_loading_info=True)
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"it lacks {min(report['missing_keys'])}")
     model.own_dtype = model.dtype  # checkpoints are saved in it
-    return model.float(), tokenizer
+    return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""

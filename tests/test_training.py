@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import QUICK, ROUNDING, embedded, flat, made_up, plain_logprobs, sampled, tiny, toy
+from toys import (QUICK, ROUNDING, embedded, flat, made_up, plain_logprobs, round_weights,
+                  sampled, tiny, toy)
 from transformers import AutoModelForCausalLM
 
 import real
@@ -189,7 +190,7 @@ def hundred_steps(mode):
         p.data = p.data.bfloat16().float()
     start, config = flat(model.parameters()), Config(lr=2e-6, low_memory=mode == "low memory")
     if mode == "plain bf16":
-        real.round_weights(model)
+        round_weights(model)
     optimizer = real.make_optimizer(model, config)
     noise = torch.Generator().manual_seed(0)
     for _ in range(100):
@@ -323,7 +324,7 @@ def test_train_wires_algorithm_1_as_configured(tmp_path, monkeypatch, low_memory
     calls, results, update = [], [], real.update
     base, tokenizer, problems = tiny()
     if low_memory:
-        real.round_weights(base)
+        round_weights(base)
 
     def spy(model, optimizer, batch, config):
         if len(calls) % 3 == 0:

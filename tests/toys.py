@@ -21,6 +21,12 @@ SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_lay
              max_position_embeddings=128, bos_token_id=None, eos_token_id=1, pad_token_id=None)
 
 
+def round_weights(model):
+    """Weights to bf16, buffers as they are."""
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+
+
 @lru_cache
 def embedded():
     model, tokenizer = real.load_model(real.TINY)
