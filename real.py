@@ -108,7 +108,8 @@ class Config:
             low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
-            refuse_if(value != f.default and f.name in set(LOSS) - set(self.objective_arguments),
+            elsewhere = any(f.name in arguments(name) for name in OBJECTIVES)
+            refuse_if(value != f.default and elsewhere and f.name not in arguments(self.objective),
                       f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches,
                   f"--prompts must be a multiple of --mini_batches {self.mini_batches}")
@@ -118,18 +119,16 @@ class Config:
         name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
         return Path(self.output_dir or f"runs/{name}")
 
-    @property
-    def objective_arguments(self):
-        """Names of the objective's arguments: each is a field of Config or a key of the batch."""
-        return inspect.signature(OBJECTIVES[self.objective]).parameters
-
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
-LOSS = ("tau", "as_printed", "eps_low", "eps_high", "beta")  # each belongs to some objectives
+
+def arguments(objective):
+    """Names of an objective's arguments: each is a field of Config or a key of the batch."""
+    return inspect.signature(OBJECTIVES[objective]).parameters
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
-# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name, in LOSS.
+# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
 
@@ -235,7 +234,7 @@ def credit(logp, batch, config):
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
         given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
-        settings = {k: given[k] for k in config.objective_arguments if given.get(k) is not None}
+        settings = {k: given[k] for k in arguments(config.objective) if given.get(k) is not None}
         loss = OBJECTIVES[config.objective](**settings)
         for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
             if weight:
@@ -443,7 +442,7 @@ def train(config, label=label_group):
         optimizer = make_optimizer(model.to(device), config)
         run.start(model, optimizer, problems)
         reference, row = None, {}
-        if config.kl_ref or "ref_logp" in config.objective_arguments:  # the starting model, frozen
+        if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model, frozen
             reference = load_model(config.model, model.dtype)[0].to(device)
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)

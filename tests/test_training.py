@@ -51,7 +51,7 @@ def test_an_update_is_exact_at_any_micro_batch_size(objective, low_memory):
     batch = made_up(model)
     config = replace(FREE, objective=objective, kl_old=0.1, kl_ref=0.2, low_memory=low_memory)
     logp = plain_logprobs(model, batch, 1.0)
-    given = {k: batch[k] for k in config.objective_arguments if k in batch}
+    given = {k: batch[k] for k in real.arguments(config.objective) if k in batch}
     loss = OBJECTIVES[objective](logp, **given)
     for weight, other in ((0.1, "old_logp"), (0.2, "ref_logp")):
         loss = loss + weight * real.kl(logp, batch[other], batch["mask"])

@@ -46,7 +46,8 @@ class Trainer(trl.GRPOTrainer):
         logp, ref = logp.view_as(mask), x.get("ref_per_token_logps")
         given = vars(self.own) | dict(logp=logp, mask=mask, labels=labels, ref_logp=ref)
         given["old_logp"] = x.get("old_per_token_logps", logp.detach())
-        given = {k: given[k] for k in self.own.objective_arguments if given.get(k) is not None}
+        names = real.arguments(self.own.objective)
+        given = {k: given[k] for k in names if given.get(k) is not None}
         loss = real.OBJECTIVES[self.own.objective](**given)
         loss = loss if ref is None else loss + self.beta * real.kl(logp, ref, mask)
         return loss / self.current_gradient_accumulation_steps  # dapo, real_bce: mean of means
