@@ -52,7 +52,6 @@ def refuse_if(wrong, what):
         raise UserError(what)
 
 # ==== Configuration ===============================================================================
-
 def arg(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -101,18 +100,16 @@ class Config:
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
-        refuse_if(self.objective not in OBJECTIVES,
-                  f"--objective {self.objective}: choose one of {', '.join(OBJECTIVES)}")
+        refuse_if(self.objective not in OBJECTIVES, f"--objective: one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
-            elsewhere = any(f.name in arguments(name) for name in OBJECTIVES)
-            refuse_if(value != f.default and elsewhere and f.name not in arguments(self.objective),
-                      f"--{f.name} is not a setting of --objective {self.objective}")
-        refuse_if(self.prompts % self.mini_batches,
-                  f"--prompts must be a multiple of --mini_batches {self.mini_batches}")
+            users = [name for name in OBJECTIVES if f.name in arguments(name)]
+            refuse_if(users and value != f.default and self.objective not in users,
+                      f"--{f.name} is a setting of --objective {', '.join(users)} alone")
+        refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
 
     @property
     def folder(self):
@@ -242,7 +239,6 @@ def credit(logp, batch, config):
         return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
-
 def micro_batches(batch, rows, config):
     """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens once padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
@@ -268,8 +264,7 @@ def token_logprobs(model, batch, rows, config):
            [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
 
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
-    Recomputed activations (low_memory) allow no cache: there each rollout copies its prompt.
-    """
+    Recomputed activations (low_memory) allow no cache: there each rollout copies its prompt."""
     for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
         module.training = config.low_memory and isinstance(module, GradientCheckpointingLayer)
     G, device = batch["mask"].shape[1], batch["mask"].device
@@ -307,7 +302,6 @@ def all_logprobs(model, batch, config):
     return logp
 
 # ==== Sampling ====================================================================================
-
 def next_token(logits, temperature, top_p):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,). Temperature 0: argmax."""
     if temperature == 0:
@@ -376,8 +370,7 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
     completions  (Q, G, T) int64, 0 after the end       mask       (Q, G, T) bool
     lengths      (Q, G) int64, prompt and completion    labels     (Q, G) bool
     texts        Q lists of G str                       ended      (Q, G) bool, False: cut off
-    `train` adds old_logp, and ref_logp where the loss looks at it: (Q, G, T) float32.
-    """
+    `train` adds old_logp, and ref_logp where the loss looks at it: (Q, G, T) float32."""
     device, ends = model.device, model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     ends = torch.tensor(sorted(ends), device=device)
@@ -401,7 +394,6 @@ def validate(model, tokenizer, problems, config):
     return rollouts(model, tokenizer, chosen, config.eval_samples, config)["labels"].float().mean()
 
 # ==== Update and training =========================================================================
-
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
 
@@ -480,7 +472,6 @@ def train(config, label=label_group):
         return run.finish()  # line 13
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
-
 class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
 
