@@ -3,6 +3,7 @@
     pip install trl
     python tests/experiments/benchmark.py            # some 3 minutes on 2 CPU cores
     python tests/experiments/benchmark.py --quick    # one short round, without TRL if absent
+    python tests/experiments/benchmark.py --sampler mine.py    # the `sample` of another real.py
 
 Both train the embedded model by a clipped policy gradient on the same problems: 16 questions x 8
 rollouts of at most 48 tokens, 4 optimizer updates a step, fp32. A step is sampling, labels,
@@ -105,6 +106,33 @@ def sampling(repeats):
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
+def samplers(file):
+    """Print CPU seconds of another file's `sample` over ours, in turn: 16 x 8 rollouts that end
+    where the model ends them, and rollouts that never end, of three lengths. One thread."""
+    spec = importlib.util.spec_from_file_location("other", file)
+    other = importlib.util.module_from_spec(spec)
+    sys.modules["other"] = other  # dataclasses look there
+    spec.loader.exec_module(other)
+    torch.set_num_threads(1)
+    model, tokenizer = real.load_model(CONFIG.model)
+    problems = real.load_problems(tokenizer, CONFIG, CONFIG.dataset, "train")[: CONFIG.prompts]
+    prompts = [torch.tensor(p["prompt_ids"]) for p in problems]
+    never = len(tokenizer)  # an id that no token has
+    for tokens, end, rounds in ((48, tokenizer.eos_token_id, 15), (48, never, 15), (512, never, 5),
+                                (1024, never, 5)):
+        ratios = []
+        for seed in range(rounds):
+            seconds = []
+            for module in (other, real):
+                torch.manual_seed(seed)
+                began = time.process_time()
+                module.sample(model, prompts, 8, [end], tokens, 1.0)
+                seconds.append(time.process_time() - began)
+            ratios.append(seconds[0] / seconds[1])
+        print(f"{tokens:5} tokens{'' if end == never else ', or to the end':16} theirs / ours: "
+              f"{statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def optimizers():
     """Ratio of AdamW's plain to its fused implementation on the CPU, 50 million weights."""
     weights = [torch.nn.Parameter(torch.randn(4000, 2500)) for _ in range(5)]
@@ -123,7 +151,10 @@ def optimizers():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one round of two steps each")
+    parser.add_argument("--sampler", metavar="FILE", help="compare its `sample` with ours")
     args = parser.parse_args()
+    if args.sampler:
+        return samplers(args.sampler)
     rounds, steps = (1, 2) if args.quick else (3, 10)
     transformers.utils.logging.set_verbosity_error()
     methods = {"real.py": ours} | ({"TRL": trl} if importlib.util.find_spec("trl") else {})
