@@ -326,9 +326,9 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
     last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
     # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
     rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
+    active = rollout  # the slots that hold a rollout at work: none yet
     bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
-    while True:
-        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
+    while waiting or len(active):
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
             chosen, waiting = waiting[:free], waiting[free:]
@@ -337,9 +337,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
             old = torch.stack([rollout, token, at, t])[:, active]
             rollout, token, at, t = torch.cat([old, new], 1)
-            cache.width = int(at.max()) if len(at) else 0
-        if not len(rollout):
-            break
+            cache.width = int(at.max())
         for _ in range(every):  # a token of every slot
             cache.at, cache.width = at, min(cache.width + 1, cache.columns)
             later = torch.arange(cache.width, device=device) > at[:, None]
@@ -351,6 +349,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
             rollout = rollout.masked_fill(done, total)
             t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
+        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
         refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
         bar.update(every * len(rollout))
     bar.close()
@@ -407,11 +406,9 @@ def update(model, optimizer, batch, config):
         logp = all_logprobs(model, batch, config)
     loss, push = credit(logp, batch, config)  # push = dL/dlogp, (Q, G, T)
     rows = push.flatten(0, 1).any(-1).nonzero()[:, 0].tolist()
-    if rows and whole:
-        logp.backward(push)  # dL/dtheta = push * dlogp/dtheta
-    else:
-        for micro in micro_batches(batch, rows, config):
-            token_logprobs(model, batch, micro, config).backward(push.flatten(0, 1)[micro])
+    for micro in micro_batches(batch, rows, config):
+        again = logp.flatten(0, 1)[micro] if whole else token_logprobs(model, batch, micro, config)
+        again.backward(push.flatten(0, 1)[micro])  # dL/dtheta = push * dlogp/dtheta
     weights = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip).to(loss.device)
     if rows and (loss + norm).isfinite():
