@@ -389,8 +389,8 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
     torch.manual_seed(config.seed)
-    chosen = problems[: config.eval_limit]
-    return rollouts(model, tokenizer, chosen, config.eval_samples, config)["labels"].float().mean()
+    batch = rollouts(model, tokenizer, problems[: config.eval_limit], config.eval_samples, config)
+    return batch["labels"].float().mean().item()
 
 # ==== Update and training =========================================================================
 def update(model, optimizer, batch, config):
