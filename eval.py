@@ -60,10 +60,16 @@ def saved(file, settings):
             raise ValueError(f"it was made with another {', '.join(changed)}")
         return [json.loads(row) for row in rows.splitlines()]
 
+def write(file, text):
+    """Aside, then in one move: no file is ever half written."""
+    part = Path(f"{file}.part")
+    part.write_text(text)
+    part.replace(file)
+
 def complete(model, tokenizer, problems, file, settings):
     """Sample and grade all problems into a file, going on from what it holds. Returns its rows."""
     rows = saved(file, settings) if file.exists() else []
-    part, config = Path(f"{file}.part"), argparse.Namespace(**settings)
+    config = argparse.Namespace(**settings)
     for start in tqdm(range(len(rows), len(problems), config.batch), desc=config.benchmarks):
         torch.manual_seed(config.seed * 1_000_003 + start)  # resumed or not, the same draws
         chosen = problems[start : start + config.batch]
@@ -74,8 +80,7 @@ def complete(model, tokenizer, problems, file, settings):
                  for p, texts, labels, ended, lengths in zip(
                      chosen, batch["texts"], *(x.tolist() for x in numbers))]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        part.write_text(json.dumps(settings | {"crc": zlib.crc32(text.encode())}) + "\n" + text)
-        part.replace(file)  # in one move: no file is ever half written
+        write(file, json.dumps(settings | {"crc": zlib.crc32(text.encode())}) + "\n" + text)
     return rows
 
 def pass_at_k(labels, k):
@@ -174,7 +179,7 @@ def evaluate(args):
             rows = complete(model, tokenizer, problems, Path(file), settings)
             scores.setdefault(name, {})[benchmark] = score(rows)
     report(scores)
-    Path(args.output_dir, "scores.json").write_text(json.dumps(scores, indent=1, allow_nan=False))
+    write(f"{args.output_dir}/scores.json", json.dumps(scores, indent=1, allow_nan=False))
 
 def main(argv=None):
     """Score as the command line says. Bad input ends in one line and exit code 2."""
