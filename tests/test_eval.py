@@ -329,3 +329,18 @@ def test_out_of_memory_names_the_flag(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         ev.main([*QUICK, "--output_dir", str(tmp_path)])
     assert e.value.code == 2 and "--slots" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_scores_of_before(tmp_path, monkeypatch):
+    ev.main([*QUICK, "--output_dir", str(tmp_path)])
+    before, write_text = (tmp_path / "scores.json").read_text(), Path.write_text
+
+    def full(path, text):
+        if path.name.startswith("scores"):
+            write_text(path, text[:9])
+            raise OSError(28, "No space left on device")
+        return write_text(path, text)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit):
+        ev.main([*QUICK, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "scores.json").read_text() == before
