@@ -15,6 +15,7 @@ import os
 import zlib
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -62,18 +63,26 @@ def saved(file, settings):
 
 def write(file, text):
     """Aside, then in one move: no file is ever half written."""
-    part = Path(f"{file}.part")
-    part.write_text(text)
-    part.replace(file)
+    Path(f"{file}.part").write_text(text)
+    os.replace(f"{file}.part", file)
+
+def nucleus(logits, temperature, top_p):
+    """real.next_token among the fewest tokens that hold top_p; at temperature 0, the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).gather(-1, order.argsort(-1))
+    return real.next_token(p.log(), 1.0)
 
 def complete(model, tokenizer, problems, file, settings):
     """Sample and grade all problems into a file, going on from what it holds. Returns its rows."""
     rows = saved(file, settings) if file.exists() else []
     config = argparse.Namespace(**settings)
+    choose = partial(nucleus, top_p=config.top_p)
     for start in tqdm(range(len(rows), len(problems), config.batch), desc=config.benchmarks):
         torch.manual_seed(config.seed * 1_000_003 + start)  # resumed or not, the same draws
         chosen = problems[start : start + config.batch]
-        batch = real.rollouts(model, tokenizer, chosen, config.samples, config, top_p=config.top_p)
+        batch = real.rollouts(model, tokenizer, chosen, config.samples, config, choose=choose)
         numbers = batch["labels"], batch["ended"], batch["mask"].sum(-1)
         rows += [{"problem": p["problem"], "answer": p["answer"], "labels": labels, "ended": ended,
                   "lengths": lengths, "texts": [p["opening"] + text for text in texts]}

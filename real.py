@@ -302,18 +302,13 @@ def all_logprobs(model, batch, config):
     return logp
 
 # ==== Sampling ====================================================================================
-def next_token(logits, temperature, top_p):
-    """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,). Temperature 0: argmax."""
-    if temperature == 0:
-        return logits.argmax(-1)
+def next_token(logits, temperature):
+    """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
     p = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:  # keep the fewest tokens that hold this much probability
-        p, order = p.sort(-1, descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).gather(-1, order.argsort(-1))
     return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race that token i wins with p_i
 
 @torch.no_grad()
-def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=1.0, slots=2048):
+def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=2048, choose=None):
     """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
@@ -344,7 +339,7 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, top_p=
             mask = torch.where(later, -math.inf, 0.0).to(model.dtype)[:, None, None]  # to be added
             logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
                            attention_mask=mask, past_key_values=cache).logits[:, -1]
-            token = next_token(logits, temperature, top_p)  # o_t ~ pi(. | q, o_<t)
+            token = (choose or next_token)(logits, temperature)  # o_t ~ pi(. | q, o_<t)
             ids[rollout, t] = token  # ended slots write to the spare last row
             done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
             rollout = rollout.masked_fill(done, total)
@@ -362,7 +357,7 @@ def label_group(problem, texts):
     """EDIT: True or False for each of a group of answers to a problem, here by the checker."""
     return [is_correct(text, problem["answer"]) for text in texts]
 
-def rollouts(model, tokenizer, problems, group_size, config, label=label_group, top_p=1.0):
+def rollouts(model, tokenizer, problems, group_size, config, label=label_group, choose=None):
     """A group of rollouts of each problem and their labels, as a batch: a dict of length-Q values.
 
     problems     list of dicts, see load_problems       prompts    list of (tokens,) int64
@@ -375,7 +370,7 @@ def rollouts(model, tokenizer, problems, group_size, config, label=label_group, 
     ends = torch.tensor(sorted(ends), device=device)
     prompts = [torch.tensor(p["prompt_ids"], device=device) for p in problems]
     ids, mask = sample(model, prompts, group_size, ends, config.max_new_tokens, config.temperature,
-                       top_p, config.slots)
+                       config.slots, choose)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
              for group in zip(ids.cpu(), mask.cpu())]
     labels = [label(p, [p["opening"] + text for text in group])

@@ -1,8 +1,11 @@
 """Sampling: the distribution that it draws from, refilled slots, masks, labels, validation."""
 
+import importlib.util
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ from toys import QUICK, sampled, tiny, toy
 
 import real
 from real import Config
+
+spec = importlib.util.spec_from_file_location("ev", Path(real.__file__).with_name("eval.py"))
+ev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ev)
 
 RARE = 1e-6  # a right sampler is called wrong once in so many seeds, and the seed is fixed
 
@@ -47,10 +54,11 @@ def test_samples_follow_the_model(temperature, top_p, slots):
     """All answers of three tokens out of six, counted, by chi-square: all rollouts at once, and in
     slots that are refilled while others are at work, prompts of two lengths in turn."""
     model = toy(vocab_size=6, initializer_range=0.12)
+    choose = partial(ev.nucleus, top_p=top_p) if top_p < 1 else None
     prompts = [[3, 2, 5, 4], [2, 3]]
     torch.manual_seed(3)
     ids, mask = real.sample(model, [torch.tensor(q) for q in prompts] * 1000, 4, [1], 3,
-                            temperature, top_p, slots)
+                            temperature, slots, choose)
     for i, prompt in enumerate(prompts):
         expected = answers(model, prompt, 3, 1, temperature, top_p)
         counts = dict.fromkeys(expected, 0)
@@ -141,14 +149,15 @@ def test_an_answer_that_is_cut_off_did_not_end():
     assert full.any() and not full.all() and torch.equal(batch["ended"], ~full | last)
 
 
-def test_temperature_top_p_and_slots_reach_the_sampler(monkeypatch):
+def test_temperature_slots_and_choice_reach_the_sampler():
     model, tokenizer, problems = tiny()
+    choose = partial(ev.nucleus, top_p=0.5)
     config = replace(QUICK, temperature=1.5, max_new_tokens=5, slots=7)
     expected = []
-    for f in (lambda: real.rollouts(model, tokenizer, problems[:3], 4, config, top_p=0.5),
+    for f in (lambda: real.rollouts(model, tokenizer, problems[:3], 4, config, choose=choose),
               lambda: dict(zip(("completions", "mask"), real.sample(
                   model, [torch.tensor(p["prompt_ids"]) for p in problems[:3]], 4,
-                  [tokenizer.eos_token_id], 5, 1.5, 0.5, 7)))):
+                  [tokenizer.eos_token_id], 5, 1.5, 7, choose)))):
         torch.manual_seed(0)
         expected.append(f())
     assert torch.equal(expected[0]["completions"], expected[1]["completions"])

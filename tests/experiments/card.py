@@ -124,7 +124,7 @@ def last_token(model, config):
     see = torch.arange(cache.width, device=DEVICE) <= cache.at[:, None]
     logits = model(input_ids=cache.at[:, None] * 0, position_ids=cache.at[:, None], use_cache=True,
                    attention_mask=see[:, None, None], past_key_values=cache).logits[:, -1]
-    real.next_token(logits, config.temperature, 1.0)
+    real.next_token(logits, config.temperature)
 
 def memory(preset, found):
     """The smallest card, of 12, 16 and 24 GiB, that can do it, with its peaks; and the share of the
