@@ -77,7 +77,7 @@ def test_greedy_is_generate_whatever_the_slots(slots):
     model, tokenizer, problems = tiny()
     model, end = model.double(), tokenizer.eos_token_id  # no near ties
     prompts = [torch.tensor(problems[i]["prompt_ids"][i:]) for i in (0, 3, 9, 1, 5, 2, 12)]
-    ids, mask = real.sample(model, prompts, 2, [end], 40, 0, slots=slots)
+    ids, mask = real.sample(model, prompts, 2, [end], 40, 1e-9, slots=slots)
     assert len(set(map(len, prompts))) > 2 and len(set(mask[:, 0].sum(-1).tolist())) > 2
     for prompt, group, masks in zip(prompts, ids, mask):
         alone = model.generate(prompt[None], do_sample=False, max_new_tokens=40, pad_token_id=1)
@@ -231,9 +231,9 @@ def test_eager_attention_samples_what_sdpa_does(slots):
     model, _, problems = tiny()
     prompts = [torch.tensor((2 * p["prompt_ids"])[:n])
                for p, n in zip(problems, (40, 10, 30, 7, 22, 50))]
-    ids, mask = real.sample(model, prompts, 2, [1], 20, 0, slots=slots)
+    ids, mask = real.sample(model, prompts, 2, [1], 20, 1e-9, slots=slots)
     model.set_attn_implementation("eager")
-    again, also = real.sample(model, prompts, 2, [1], 20, 0, slots=slots)
+    again, also = real.sample(model, prompts, 2, [1], 20, 1e-9, slots=slots)
     assert torch.equal(ids, again) and torch.equal(mask, also)
 
 
