@@ -827,15 +827,16 @@ def load_problems(tokenizer, config, path, split, least=1):
 
 # ==== The run's folder ============================================================================
 
-CHECKPOINT, LOGS = "checkpoint-" + "[0-9]" * 6, ("metrics.jsonl", "samples.jsonl")
+LOGS = "metrics.jsonl", "samples.jsonl"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
 
 def read_run(folder):
-    """A run's newest checkpoint and the settings it was saved with; None and {} without one."""
-    newest = max(folder.glob(CHECKPOINT), default=None)
-    with reading(newest):
-        return newest, dict(json.loads((newest / "run.json").read_text())) if newest else {}
+    """The checkpoints of a run, oldest first, and the settings that the newest was saved with."""
+    files = [None, *sorted(folder.glob("checkpoint-" + "[0-9]" * 6 + "/run.json"))]
+    with reading(files[-1]):
+        settings = dict(json.loads(files[-1].read_text())) if files[-1] else {}
+    return [file.parent for file in files[1:]], settings
 
 class Run(ExitStack):
     """A run's folder: metrics.jsonl, samples.jsonl, metrics.png, and checkpoint-NNNNNN with all it
@@ -845,8 +846,8 @@ class Run(ExitStack):
         super().__init__()
         self.config, self.path, self.signal = config, config.folder, 0
         self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoint, self.old = read_run(self.path)
-        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
+        found, self.old = read_run(self.path)
+        self.checkpoint, self.done = (found[-1], int(found[-1].name[-6:])) if found else (None, 0)
         refuse_if({*os.listdir(self.path)} - {".lock"} and not self.done,
                   f"{self.path} holds files, but no checkpoint of a run: name another folder")
         refuse_if(self.done and not config.resume, f"{self.path} holds a run: --resume goes on")
@@ -873,7 +874,8 @@ class Run(ExitStack):
         known = json.dumps([[p["problem"], p["answer"]] for p in problems])  # no date of a template
         self.settings = asdict(self.config) | {"problems": zlib.crc32(known.encode())}
         for key in self.old.keys() & {"model", "problems"}:
-            refuse_if(self.old[key] != self.settings[key], f"{self.path} is of other {key}")
+            same = self.old[key] == self.settings[key]
+            refuse_if(not same, f"{self.path} was started with other {key}, or in another order")
         with reading(self.checkpoint):
             if self.done and (self.checkpoint / "trainer.pt").is_file():
                 state = torch.load(self.checkpoint / "trainer.pt", "cpu", weights_only=True)
@@ -910,7 +912,7 @@ class Run(ExitStack):
 
     def save(self, step, model, tokenizer, optimizer):
         """A checkpoint, whole or absent: a Hugging Face model, and all it takes to go on."""
-        aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
+        aside = self.path / ".checkpoint"
         fp32 = dict(zip(model.parameters(), optimizer.param_groups[0]["params"]))
         state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
         with reading(f"{self.path} for {12e-9 * model.num_parameters():.2g} GB of step {step}"):
@@ -922,8 +924,8 @@ class Run(ExitStack):
             for name in LOGS:
                 shutil.copy(self.path / name, aside)
             getattr(os, "sync", int)()  # on the disk before it gets its name
-            aside.rename(final)
-        own = sorted(path for path in self.path.glob(CHECKPOINT) if not path.is_symlink())
+            aside.rename(self.path / f"checkpoint-{step:06d}")
+        own = [folder for folder in read_run(self.path)[0] if not folder.is_symlink()]
         for folder in own[:-1]:
             (folder / "trainer.pt").unlink(missing_ok=True)
         for folder in own[: -self.config.keep]:

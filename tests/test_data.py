@@ -203,7 +203,7 @@ def test_bad_csv_is_one_line(content, words, tmp_path):
     ("1+1,2\n2+2,4,extra\n", 3), ("1+1,2\n2+2,4,more,still\n", 3), ("1+1,1,000\n", 2),
     ("1+1,2,\n2+2,4,\n", 2)])
 def test_a_csv_row_with_more_fields_than_the_header_is_refused(rows, line, tmp_path):
-    """Its fields may have moved, as those of 1,000 without quotes do; some readers drop or shift."""
+    """Its fields may have moved, as those of 1,000 without quotes do."""
     said = refused(f"problem,answer\n{rows}".encode(), tmp_path, suffix="csv")
     assert f"Expected 2 fields in line {line}" in said
 

@@ -67,15 +67,24 @@ def test_a_models_folder_is_refused(tmp_path):
     assert "no checkpoint of a run" in refused(model, "--resume")
 
 
-@pytest.mark.parametrize("settings", [None, b"", b"{", b"3", b"\xff\xfe", b"[" * 100_000])
-def test_a_checkpoint_that_is_not_ours_is_refused(settings, tmp_path):
-    """None: as another program, or an older version of this one, leaves it."""
+@pytest.mark.parametrize("settings", [b"", b"{", b"3", b"\xff\xfe", b"[" * 100_000])
+def test_settings_that_cannot_be_read_are_one_line(settings, tmp_path):
     (tmp_path / "checkpoint-000500").mkdir()
-    (tmp_path / "checkpoint-000500" / "model.safetensors").write_text("x")
-    if settings is not None:
-        (tmp_path / "checkpoint-000500" / "run.json").write_bytes(settings)
+    (tmp_path / "checkpoint-000500" / "run.json").write_bytes(settings)
     for flags in ((), ("--resume",)):
-        assert "checkpoint-000500" in refused(tmp_path, *flags)
+        assert "checkpoint-000500/run.json" in refused(tmp_path, *flags)
+
+
+def test_a_checkpoint_of_another_program_is_refused_beside_ours_it_is_left_alone(copy, tmp_path):
+    other = tmp_path / "other" / "checkpoint-100000"
+    other.mkdir(parents=True)
+    (other / "model.safetensors").write_text("x")
+    for flags in ((), ("--resume",)):
+        assert "no checkpoint of a run" in refused(other.parent, *flags)
+    shutil.copytree(other, copy / other.name)
+    train(copy, *GO_ON, "--keep", "1")
+    assert sorted(p.name for p in copy.glob("checkpoint*")) == ["checkpoint-000007", other.name]
+    assert (copy / other.name / "model.safetensors").read_text() == "x"
 
 
 def test_any_file_of_somebody_else_is_enough(tmp_path):
@@ -231,7 +240,7 @@ def test_resume_takes_data_that_moved_and_refuses_other_problems(copy, tmp_path)
     moved, other = tmp_path / "moved.jsonl", tmp_path / "other.jsonl"
     moved.write_text("".join(rows))
     other.write_text("".join(rows[::-1]))
-    assert "is of other problems" in refused(copy, *GO_ON, "--dataset", other)
+    assert "other problems" in refused(copy, *GO_ON, "--dataset", other)
     assert train(copy, *GO_ON, "--dataset", moved)["step"] == 7
 
 
@@ -555,7 +564,7 @@ def test_a_checkpoint_that_is_a_link_is_never_written_through(copy, tmp_path):
 
 def test_resume_refuses_another_model(copy, tmp_path):
     model = shutil.copytree(real.TINY, tmp_path / "model")
-    assert "is of other model" in refused(copy, *GO_ON, "--model", model)
+    assert "was started with other model" in refused(copy, *GO_ON, "--model", model)
 
 
 def test_nohup_is_obeyed(tmp_path, monkeypatch):
