@@ -751,8 +751,7 @@ def load_model(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {min(report['missing_keys'])}")
+    refuse_if(report["missing_keys"], f"model {name} lacks {[*report['missing_keys']][:1]}")
     return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
@@ -840,7 +839,7 @@ def read_run(folder):
 
 class Run(ExitStack):
     """A run's folder: metrics.jsonl, samples.jsonl, metrics.png, and checkpoint-NNNNNN with all it
-    takes to go on. Nothing else in it is touched. A lock on .lock gives it to one process."""
+    takes to go on. Nothing else is touched. An ExitStack undoes in the end what __enter__ did."""
 
     def __init__(self, config):
         super().__init__()
@@ -865,7 +864,7 @@ class Run(ExitStack):
     def stop(self, number, frame):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
-        here = os.getcwd(), sys.executable, os.path.abspath(__file__), str(self.path)
+        here = os.getcwd(), sys.executable, __file__, str(self.path)
         print("\nStopping after this step. Go on with: cd {} && {} {} --resume --output_dir {}"
               .format(*map(shlex.quote, here)), file=sys.stderr)
 
@@ -977,7 +976,7 @@ def parse(argv=None):
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
     if args.resume:
-        saved = read_run(Config.folder.fget(args))[1].items()
+        saved = read_run(Config.folder.fget(args))[1].items()  # args have the names of Config
         argv = [f"--{k}={v}" for k, v in saved if k in args and v is not None] + argv
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
