@@ -20,8 +20,8 @@ Where the paper is in this file          Shapes
     Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
 
-import csv, inspect, json, math, os, random, re, shlex, shutil, signal, sys, time, traceback, zlib
-from contextlib import contextmanager, suppress
+import inspect, json, math, os, random, re, shlex, shutil, signal, sys, time, traceback, zlib
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
 from functools import partial
@@ -683,56 +683,49 @@ def reading(what):
         yield
     except Exception as e:
         cause = [*str(e).strip().splitlines(), type(e).__name__][0]
+        cause += " (delete it to go on from the one before)" * ("checkpoint-" in str(what))
         raise e if isinstance(e, UserError) else UserError(f"cannot use {what}: {cause}") from None
 
 def load_model(name, dtype=torch.float32):
     """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
-    advice = " (delete it to go on from the one before)" * ("checkpoint-" in str(name))
-    with reading(f"model {name}{advice}"):
+    with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"it lacks {min(report['missing_keys'])}")
-    model.own_dtype = model.dtype  # checkpoints are saved in it
+    refuse_if(report["missing_keys"], f"model {name} lacks {[*report['missing_keys']][:1]}")
     return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-    for limit in ("max_position_embeddings", "original_max_position_embeddings", "sliding_window",
-                  "window_size"):
-        refuse_if(longest > (getattr(model.config.get_text_config(), limit, 0) or longest),
-                  f"{limit} of the model is below {longest}: lower --max_new_tokens")
+    limits = "max_position_embeddings original_max_position_embeddings sliding_window window_size"
+    room = min(getattr(model.config.get_text_config(), x, 0) or longest for x in limits.split())
+    refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
     with reading(f"model {config.model} with its tokenizer"):
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
         # long and short side by side, and two more in the slots that they leave
         four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
         greedy = replace(config, max_new_tokens=4, temperature=1e-9, slots=4)
         batch = rollouts(model, tokenizer, four, 2, greedy, lambda q, texts: [0, 1])
-        logp = all_logprobs(model, batch, config)
-        for prompt, drawn, mask, ours in zip(batch["prompts"], *(
-                x[:, 1] for x in (batch["completions"], batch["mask"], logp))):
-            logits = model.eval()(torch.cat([prompt, drawn])[None]).logits[0]
-            logits = logits[-len(drawn) - 1 : -1] / config.temperature  # (tokens drawn, vocabulary)
-            error = (logits.log_softmax(-1).amax(-1) - ours)[mask].abs().max()
-            if not error <= 2**-12 * logits.abs().max():  # half the digits of fp32
+        for q, o, mask, logp in zip(batch["prompts"], batch["completions"], batch["mask"],
+                                    all_logprobs(model, batch, config)):
+            logits = model.eval()(torch.cat([q.expand(2, -1), o], 1)).logits / config.temperature
+            best = logits[:, len(q) - 1 : -1].log_softmax(-1).amax(-1)  # (2, T)
+            if not (best - logp)[mask].abs().max() <= 2**-12 * logits.abs().max():  # half of fp32
                 raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def load_rows(path, name, split):
-    """Rows of a file, a folder or a hub data set; numbers in text stay as written."""
+    """Rows of a file, of FOLDER/SPLIT.jsonl or of a data set; numbers in text stay as written."""
     with reading(f"data {path}"):
-        kinds = ("jsonl", "json", "csv", "parquet")  # in a folder, a file a split
-        files = [Path(path) / f"{split}.{kind}" for kind in kinds]
-        file = next(filter(Path.is_file, files), Path(path))
+        file = Path(path, f"{split}.jsonl") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
         if file.suffix == ".parquet":
             return list(datasets.Dataset.from_parquet(str(file)))
+        if file.suffix == ".csv":  # as if without a header: else more fields than names move all
+            names, *rows = pandas.read_csv(file, header=None, dtype=str, na_filter=False).values
+            return [dict(zip(names, row)) for row in rows]
         text = file.read_text(encoding="utf-8-sig").strip()
-        if file.suffix == ".csv":
-            rows = csv.DictReader(re.split("(?<=\n)", text), strict=True)
-            return [{} if None in row else row for row in rows]  # None: more fields than names
         rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
         return json.loads(rows, parse_int=str, parse_float=str)
 
@@ -741,14 +734,14 @@ def read_column(row, column):
     with suppress(LookupError, TypeError, ValueError):
         for key in re.findall(r"[^.\[\]]+", column):
             row = row[int(key) if isinstance(row, list) else key]
-        found = row if isinstance(row, list) else [row]
-        found = [x.get("content") if isinstance(x, dict) else x for x in found]
-        return [str(x) for x in found if x == x and not isinstance(x, (dict, list, type(None)))]
+        cells = row if isinstance(row, list) else [row]
+        cells = [x["content"] if isinstance(x, dict) else x for x in cells]
+        return [str(x) for x in cells if x == x and not isinstance(x, (dict, list, type(None)))]
     return []
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
-    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], []
+    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], 0
     for number, row in enumerate(rows, 1):
         text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
         golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
@@ -757,196 +750,141 @@ def load_problems(tokenizer, config, path, split, least=1):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
-            if text.strip() not in prompt:
-                raise ValueError("the chat template drops the question")
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
         if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
-            skipped.append(number)
+            skipped = skipped or number
+    found = f"{path}: {len(problems)} usable rows of {len(rows)}"
     if skipped:
-        tqdm.write(f"{path}: {len(skipped)} of {len(rows)} rows skipped, first row {skipped[0]}: "
-                   "no problem, no usable answer, or over --max_prompt_tokens")
+        tqdm.write(f"{found}; row {skipped} lacks problem or answer or is over --max_prompt_tokens")
     names = {name for row in rows if isinstance(row, dict) for name in row}
-    unknown = {*re.findall(r"(?:^|\+)([^+.[]+)", config.problem_column)} - names
-    refuse_if(unknown or len(problems) < least,
-              f"{path}: {len(problems)} usable rows of {len(rows)}, {least} are needed; set "
+    unknown = {re.split(r"[.[]", c)[0] for c in config.problem_column.split("+")} - names
+    refuse_if(unknown or len(problems) < least, f"{found}, {least} are needed; set "
               f"--answer_column, --problem_column of {', '.join(sorted(names))}")
     return problems
 
 # ==== The run's folder ============================================================================
 
-def read_run(folder):
-    """The config.json of a run of ours; an empty dict if the folder holds none."""
-    file = folder / "config.json"
-    with reading(file):
-        found = json.loads(file.read_text()) if file.is_file() else {}
-    return found if isinstance(found, dict) and found.get("made_by") == "real.py" else {}
+LOGS = "metrics.jsonl", "samples.jsonl"
+SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
+         "pass@1").split()
 
-class Run:
-    """A run's folder: config.json, metrics.jsonl, samples.jsonl, metrics.png, checkpoint-NNNNNN.
-    Nothing else in it is touched. A lock on .lock gives it to one process at a time."""
+def read_run(folder):
+    """The checkpoints of a run, oldest first, and the settings that the newest was saved with."""
+    files = [None, *sorted(folder.glob("checkpoint-" + "[0-9]" * 6 + "/run.json"))]
+    with reading(files[-1]):
+        settings = dict(json.loads(files[-1].read_text())) if files[-1] else {}
+    return [file.parent for file in files[1:]], settings
+
+class Run(ExitStack):
+    """A run's folder: metrics.jsonl, samples.jsonl, metrics.png, and checkpoint-NNNNNN with all it
+    takes to go on. Nothing else is touched. An ExitStack undoes in the end what __enter__ did."""
 
     def __init__(self, config):
-        self.config, self.path, self.old = config, config.folder, read_run(config.folder)
-        self.signal, self.skipped, self.unmixed = 0, 0, 0
-        self.checkpoint = max(self.checkpoints(), default=None)
-        self.done = int(self.checkpoint.name[-6:]) if self.checkpoint else 0
-        others = self.path.exists() and set(os.listdir(self.path)) - {".lock", ".part"}
-        refuse_if(others and not self.old, f"{self.path} holds files, but no run of real.py")
-        refuse_if(config.resume and not self.old, f"{self.path} holds no run to resume")
-        refuse_if(self.old and not config.resume, f"{self.path} holds a run: --resume goes on")
-        refuse_if(self.old.get("model", config.model) != config.model,
-                  f"{self.path} is a run of --model {self.old.get('model')}")
-        refuse_if(self.done >= config.steps,
-                  f"{self.path} has done {self.done} steps: set more --steps to go on")
+        super().__init__()
+        self.config, self.path, self.signal = config, config.folder, 0
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock", timeout=0)
-
-    def checkpoints(self):
-        found = self.path.glob("checkpoint-*")
-        return [path for path in found if re.fullmatch(r"checkpoint-\d{6}", path.name)]
+        found, self.old = read_run(self.path)
+        self.checkpoint, self.done = (found[-1], int(found[-1].name[-6:])) if found else (None, 0)
+        refuse_if({*os.listdir(self.path)} - {".lock"} and not self.done,
+                  f"{self.path} holds files, but no checkpoint of a run: name another folder")
+        refuse_if(self.done and not config.resume, f"{self.path} holds a run: --resume goes on")
+        refuse_if(config.resume and not self.done, f"{self.path} holds no run to resume")
+        refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} --steps: set more")
 
     def __enter__(self):
         with reading(f"{self.path}, in use by another run"):
-            self.lock.acquire()
-        signals = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        self.handlers = {number: signal.signal(number, self.stop) for number in set(signals)
-                         if signal.getsignal(number) != signal.SIG_IGN}  # as nohup wants
+            self.enter_context(FileLock(self.path / ".lock", timeout=0))
+        self.callback(shutil.rmtree, self.path / ".checkpoint", ignore_errors=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, number, signal.signal(number, self.stop))
         return self
 
     def stop(self, number, frame):
-        if number == self.signal == signal.SIGINT:
-            os._exit(128 + number)
         self.signal = number
-        print("\nStopping after this step. Ctrl-C once more to leave at once.", file=sys.stderr)
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.lock.release()
+        signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
+        here = os.getcwd(), sys.executable, __file__, str(self.path)
+        print("\nStopping after this step. Go on with: cd {} && {} {} --resume --output_dir {}"
+              .format(*map(shlex.quote, here)), file=sys.stderr)
 
     def start(self, model, optimizer, problems):
-        """Read the last input, the state of a checkpoint; from here on the folder is written."""
-        file = (self.checkpoint or self.path) / "trainer.pt"
-        if file.exists():  # else a new run, or an older checkpoint: AdamW starts afresh
-            with reading(f"{file} (delete {self.checkpoint} to go on from the one before)"):
-                if not file.is_file():
-                    raise ValueError("it is not a file")
-                state = torch.load(file, "cpu", weights_only=True)
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["adam"]})
-                weights = optimizer.param_groups[0]["params"]
-                for p, w, saved in zip(model.parameters(), weights, state["weights"], strict=True):
-                    adam = optimizer.state.get(w, {"exp_avg": w, "exp_avg_sq": w})
-                    if {saved.shape, adam["exp_avg"].shape, adam["exp_avg_sq"].shape} != {w.shape}:
+        """Read the last input, AdamW's state and the logs; from here on the folder is written."""
+        known = json.dumps([[p["problem"], p["answer"]] for p in problems])  # no date of a template
+        self.settings = asdict(self.config) | {"problems": zlib.crc32(known.encode())}
+        for key in self.old.keys() & {"model", "problems"}:
+            same = self.old[key] == self.settings[key]
+            refuse_if(not same, f"{self.path} was started with other {key}, or in another order")
+        with reading(self.checkpoint):
+            if self.done and (self.checkpoint / "trainer.pt").is_file():
+                state = torch.load(self.checkpoint / "trainer.pt", "cpu", weights_only=True)
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+                for w, adam in optimizer.state.items():
+                    if not w.shape == adam["exp_avg"].shape == adam["exp_avg_sq"].shape:
                         raise ValueError("a weight has another shape")
-                    p.data.copy_(w.data.copy_(saved))
-        known = [[p["problem"], p["answer"]] for p in problems]  # a template may write the date
-        fingerprint = zlib.crc32(json.dumps(known).encode())
-        refuse_if(self.old.get("problems", fingerprint) != fingerprint,
-                  f"{self.path} was started with other problems, or in another order")
-        settings = {"made_by": "real.py", "problems": fingerprint} | asdict(self.config)
-        keep = {}  # bytes of each log, up to the checkpoint
-        logs = self.path / "metrics.jsonl", self.path / "samples.jsonl"
-        for file in filter(Path.exists, logs):
-            with reading(file):
-                rows = file.read_bytes().splitlines(True)
-                if rows and not rows[-1].endswith(b"\n"):  # torn by a kill
-                    rows.pop()
-                steps = [json.loads(row)["step"] for row in rows]
-                keep[file] = sum(len(x) for x, step in zip(rows, steps) if step <= self.done)
-            refuse_if(not self.checkpoint and max(steps, default=0) > self.config.save_every,
-                      f"{self.path} has lost its checkpoints: bring them back, or delete it")
-        (self.path / ".part").write_text(json.dumps(settings, indent=2))
-        (self.path / ".part").replace(self.path / "config.json")  # a kill leaves one of them whole
-        for file, size in keep.items():
-            os.truncate(file, size)
-        n, c = model.num_parameters(), self.config
-        self.size = f"{n * model.own_dtype.itemsize / 1e9:.2g} GB, the newest {n * 12e-9:.2g} more"
-        tqdm.write(f"{c.objective} on {Path(c.model).name}: {n:,} parameters on {model.device}, "
-                   f"{len(problems):,} problems, {c.prompts} x {c.group_size} rollouts a step\n"
-                   f"{self.path} will keep {c.keep} checkpoints ({self.size})")
+            for name in LOGS * bool(self.done):
+                shutil.copy(self.checkpoint / name, self.path)
+        n, adam = model.num_parameters(), "as saved" if optimizer.state else "afresh"
+        tqdm.write(f"{n:,} parameters on {model.device}, {len(problems):,} problems, AdamW {adam}; "
+                   f"checkpoints in {self.path}: {n * 4e-9:.2g} GB, the newest {n * 12e-9:.2g}")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
         row = {"step": step} | {k: float(v) for k, v in row.items()}
-        sample = {"step": step} | {k: batch["problems"][0][k] for k in ("problem", "answer")}
-        sample |= {"texts": batch["texts"][0], "labels": batch["labels"][0].int().tolist()}
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
-        for name, line in (("metrics.jsonl", finite), ("samples.jsonl", sample)):
+        p, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
+        sample = {"step": step, "problem": p["problem"], "answer": p["answer"], "texts": texts,
+                  "labels": labels.int().tolist()}
+        for name, line in zip(LOGS, (finite, sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if step % 20 == 1:
             end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
-            tqdm.write(f"\n{sample['problem'][:200]!r} -> {sample['texts'][0][-200:]!r} "
-                       f"{'right' if sample['labels'][0] else 'wrong'}\n"
-                       f"A step takes {row['seconds']:.1f} s; the last would end {end}\n\n step"
-                       "  reward  mixed  cut off  entropy  length    s_bar+    s_bar-  max|W|"
-                       "  seconds  Pass@1")
-        tqdm.write(("{step:5} {reward:7.3f} {mixed:6.2f} {cut_off:8.2f} {entropy:8.3f} "
-            "{response_length:7.1f} {s_positive:+9.4f} {s_negative:+9.4f} {max_weight:7.3f} "
-            "{seconds:8.1f}" + " {pass@1:7.3f}" * ("pass@1" in row)).format(**row))
-        self.unmixed = 0 if row["mixed"] else self.unmixed + 1
-        self.skipped = self.skipped + row["skipped"] if row["skipped"] else 0
-        if self.unmixed == 5:
-            tqdm.write("Five steps without a mixed group taught nothing: the problems are too hard "
-                       "or too easy, or --answer_column is another one")
-        if row["cut_off"] >= 0.5 and step % 20 == 1:
-            tqdm.write("Half of the answers are cut off: raise --max_new_tokens")
-        refuse_if(self.skipped >= 3, "three updates were not finite: --resume with a lower --lr")
+            tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}; "
+                       f"the run would end {end}\nstep {' '.join(SHOWN)}")
+        note = " too hard, too easy, or another --answer_column" * (not row["mixed"])
+        note += " raise --max_new_tokens" * (row["cut_off"] >= 0.5)
+        numbers = [f"{row[k]:.5f}"[: len(k)].rjust(len(k)) for k in SHOWN if k in row]
+        tqdm.write(f"{step:4} {' '.join(numbers)}{note}")
+        refuse_if(row["skipped"] == self.config.mini_batches,
+                  f"no update of step {step} was finite: --resume with a lower --lr")
 
     def save(self, step, model, tokenizer, optimizer):
-        """A checkpoint, whole or absent: a Hugging Face model, and trainer.pt to go on from."""
-        aside, final = self.path / ".checkpoint", self.path / f"checkpoint-{step:06d}"
-        weights = [w.detach() for w in optimizer.param_groups[0]["params"]]  # fp32
-        buffers = dict(model.named_buffers())  # of these the persistent ones are saved
-        state = {name: x.cpu() for name, x in model.state_dict().items() if name in buffers}
-        state |= {name: w.to("cpu", model.own_dtype)
-                  for (name, _), w in zip(model.named_parameters(), weights)}
-        try:
+        """A checkpoint, whole or absent: a Hugging Face model, and all it takes to go on."""
+        aside = self.path / ".checkpoint"
+        fp32 = dict(zip(model.parameters(), optimizer.param_groups[0]["params"]))
+        state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
+        with reading(f"{self.path} for {12e-9 * model.num_parameters():.2g} GB of step {step}"):
             shutil.rmtree(aside, ignore_errors=True)
             model.save_pretrained(aside, state_dict=state)
-            model.config.dtype = model.own_dtype
-            model.config.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            adam = optimizer.state_dict()["state"]
-            torch.save({"weights": weights, "adam": adam}, aside / "trainer.pt")
+            torch.save(optimizer.state_dict()["state"], aside / "trainer.pt")
+            (aside / "run.json").write_text(json.dumps(self.settings, indent=2))
+            for name in LOGS:
+                shutil.copy(self.path / name, aside)
             getattr(os, "sync", int)()  # on the disk before it gets its name
-            aside.rename(final)
-        except Exception as e:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(f"cannot save {final} ({self.size}): {e}; the others are whole")
-        older = sorted(self.checkpoints(), reverse=True)[1:]
-        for folder in older:
+            aside.rename(self.path / f"checkpoint-{step:06d}")
+        own = [folder for folder in read_run(self.path)[0] if not folder.is_symlink()]
+        for folder in own[:-1]:
             (folder / "trainer.pt").unlink(missing_ok=True)
-        for folder in older[self.config.keep - 1 :]:
-            if folder.is_symlink():
-                folder.unlink()
-            else:
-                shutil.rmtree(folder.rename(aside))
+        for folder in own[: -self.config.keep]:
+            shutil.rmtree(folder.rename(aside))
 
     def finish(self):
-        """Draw the log, say what the run did or how to go on. Returns the log's last row."""
-        rows = [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+        """Draw the log, or leave after a signal. Returns the log's last row."""
+        rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
         if rows[-1]["step"] < self.config.steps:  # a signal
-            go_on = [sys.executable, os.path.abspath(__file__), "--resume", "--output_dir"]
-            print(f"Saved. Go on with: cd {shlex.quote(os.getcwd())} && "
-                  f"{shlex.join([*go_on, str(self.path)])}", file=sys.stderr)
             raise SystemExit(128 + self.signal)
         with suppress(ImportError):  # the picture needs matplotlib
             from matplotlib.figure import Figure
-            figure, table = Figure(figsize=(13, 3), layout="constrained"), pandas.DataFrame(rows)
-            for axis, (unit, *keys) in zip(figure.subplots(1, 4), (
-                    ("share that is right", "reward", "pass@1"), ("nats", "entropy"),
-                    ("tokens", "response_length"), ("log-ratio", "s_positive", "s_negative"))):
-                columns = table.reindex(columns=["step", *keys])
-                columns.plot("step", ax=axis, style=".-", ylabel=unit)
-            figure.savefig(self.path / "metrics.png")
+            axes = Figure((16, 6), layout="constrained").subplots(2, 5)
+            table = pandas.DataFrame(rows, columns=["step", *SHOWN], dtype=float)
+            table.plot("step", subplots=True, ax=axes, style=".-")
+            axes[0, 0].figure.savefig(self.path / "metrics.png")
         if "pass@1_before" in rows[0] and "pass@1" in rows[-1]:
-            tqdm.write("Pass@1 {:.2f} -> {:.2f} in {:.0f} s".format(
-                rows[0]["pass@1_before"], rows[-1]["pass@1"], sum(row["seconds"] for row in rows)))
-        tqdm.write(f"Log, samples, picture and checkpoints: {self.path}")
+            tqdm.write(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} "
+                       f"in {sum(row['seconds'] for row in rows):.0f} s")
         return rows[-1]
 
 # ==== Command line ================================================================================
@@ -954,10 +892,9 @@ class Run:
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
 PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, eval_samples=16,
-    dataset="agentica-org/DeepScaleR-Preview-Dataset", eval_dataset="HuggingFaceH4/aime_2024",
-    eval_split="train", prompts=128, steps=1400, max_new_tokens=8192, eval_every=50,
-    micro_batch_tokens=18432)
+    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, micro_batch_tokens=18432,
+    dataset="agentica-org/DeepScaleR-Preview-Dataset", prompts=128, steps=1400, eval_samples=16,
+    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", max_new_tokens=8192, eval_every=50)
 PRESETS = {  # what each of them takes, and what to expect: README
     "tiny": {}, "paper": PAPER,
     "0.5b": ONE_CARD | dict(
@@ -967,72 +904,43 @@ PRESETS = {  # what each of them takes, and what to expect: README
     "1.5b": PAPER | ONE_CARD | dict(
         prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48,
         eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
-    "paper-7b": PAPER | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000, slots=104,
-        micro_batch_tokens=36864)}
+    "paper-7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000,
+                             slots=104, micro_batch_tokens=36864)}
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset's."""
-    def read():
-        return Config(**{k: v for k, v in vars(parser.parse_args(argv)).items() if k != "preset"})
-
+    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset or "tiny"])
     args = parser.parse_args(argv)
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
-              "another --model or --dataset needs the settings of a --preset, one of "
-              f"{', '.join(PRESETS)}; the defaults fit the embedded model alone")
-    parser.set_defaults(**PRESETS[args.preset or "tiny"])
-    with reading("config.json"):  # edited by hand, perhaps
-        saved = read_run(read().folder) if args.resume else {}
-        known = {f.name for f in fields(Config)} - {"resume", "output_dir"}
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-        config = read()
-    refuse_if(config.eval_every and config.eval_dataset == TINY != config.dataset,
-              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
-    return config
-
-class Output:
-    """A stream of any encoding; once nobody reads it (`| head`), the run stops as after SIGTERM."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        with suppress(AttributeError):  # a notebook's stream takes any text
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            signal.raise_signal(signal.SIGTERM)
+              f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
+    if args.resume:
+        saved = read_run(Config.folder.fget(args))[1].items()  # args have the names of Config
+        argv = [f"--{k}={v}" for k, v in saved if k in args and v is not None] + argv
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 @contextmanager
 def one_line_errors():
     """Bad input ends in one line and exit code 2; a defect of ours shows its traceback."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a notebook's stream takes any text
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-        return
-    except (UserError, OSError) as e:  # OSError: a full disk, a folder that cannot be written
+    except Exception as e:
         error = str(e)
-    except (RuntimeError, MemoryError) as e:
-        if "allocate" not in str(e) and not isinstance(e, MemoryError):  # CUDA says so, and the CPU
+        if isinstance(e, MemoryError) or "allocate" in error:  # CUDA says so, and the CPU
+            sampling = "in sample\n" in traceback.format_exc()
+            flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
+            error = f"out of memory: lower {flag}"
+        elif not isinstance(e, (UserError, OSError)):  # OSError: a full disk, a closed pipe
             raise
-        sampling = "sample" in {frame.name for frame in traceback.extract_tb(e.__traceback__)}
-        flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
-        error = f"out of memory while {'sampling' if sampling else 'updating'}: lower {flag}"
-    except KeyboardInterrupt:  # before the run's folder is opened
-        sys.exit(130)
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in error)
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    sys.exit(2)
+        print(f"{Path(sys.argv[0]).name}: error: {repr(error)[1:-1]}", file=sys.stderr)
+        sys.exit(2)
 
 def main(argv=None):
     """Train as the command line says."""

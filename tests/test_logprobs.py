@@ -183,8 +183,8 @@ def test_models_that_are_read_rightly_are_accepted(architecture, low_memory):
 
 
 @pytest.mark.parametrize("architecture, more, words", [
-    (transformers.MistralConfig, {"sliding_window": 27}, "sliding_window .* 28"),
-    (transformers.LlamaConfig, {"max_position_embeddings": 27}, "max_position_embeddings .* 28"),
+    (transformers.MistralConfig, {"sliding_window": 27}, "28 tokens, positions for 27"),
+    (transformers.LlamaConfig, {"max_position_embeddings": 27}, "28 tokens, positions for 27"),
     (transformers.Gemma2Config, {"final_logit_softcapping": 5.0}, "another way"),
     (transformers.CohereConfig, {"logit_scale": 0.25}, "another way"),
     (transformers.GraniteConfig, {"logits_scaling": 4.0}, "another way"),
@@ -207,8 +207,8 @@ def test_a_model_that_reads_wrongly_is_refused(harm, monkeypatch):
     if harm == "bias":
         old = model.forward
 
-        def forward(**kwargs):
-            out = old(**kwargs)
+        def forward(*args, **kwargs):
+            out = old(*args, **kwargs)
             out.logits = out.logits + torch.arange(50) / 50
             return out
 

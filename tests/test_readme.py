@@ -103,7 +103,7 @@ def test_presets():
             assert preset["model"].endswith(model)
             assert data.lower() in preset["dataset"].lower()
             count = {"0.5b": 494_032_768, "paper-7b": 7_615_616_512}.get(name, 1_777_088_000)
-            assert rows[name][4:6] == [f"{count * 20e-9:.0f}", f"{count * 32e-9:.0f}"]
+            assert rows[name][4:6] == [f"{count * 20e-9:.0f}", f"{count * 28e-9:.0f}"]
     assert set(real.PRESETS) < set(rows)
 
 
@@ -111,7 +111,7 @@ def test_what_a_run_prints_and_logs_is_what_the_readme_shows(tmp_path, capsys):
     config = real.Config(steps=1, prompts=4, mini_batches=1, max_new_tokens=24, eval_limit=2,
                          eval_samples=1, output_dir=str(tmp_path / "run"))
     real.train(config)
-    header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith(" step "))
+    header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step "))
     lines = README[README.index(header) :].splitlines()
     assert lines[0] == header and all(len(line) <= len(header) for line in lines[1:4])
     section = README[README.index("| key | meaning |") :]
