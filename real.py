@@ -638,7 +638,7 @@ PREFIX = {"+": [5], "-": [5], "√": [7], r"\frac": [7, 7]}  # how tightly opera
 INFIX = {",": 1, "=": 2, **dict.fromkeys("<≤>≥", 3), "∪": 4, "+": 5, "*": 6, "/": 6, "^": 7}
 D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
 COMPUTE = {"+": lambda x, y=0: D.add(x, y), "-": D.minus, "*": D.multiply, "/": D.divide,
-           "√": D.sqrt, "^": lambda x, n: D.power(x or 1 / 0, int(str(n)))}  # 0^{-1}, 2^{1/2}: errors
+           "√": D.sqrt, "^": lambda x, n: D.power(x or 1 / 0, int(str(n)))}  # 0^{-1} is an error
 CONSTANTS = {name: Decimal(random.Random(name).random()) for name in "πei∞"}
 
 def _node(kind: str, *parts) -> Decimal | tuple:
