@@ -609,10 +609,10 @@ def make_optimizer(model, config):
 # SYMBOLS and RULES rewrite gold and reply. Each is then read as a tree: its numbers are computed,
 # its sums, products, lists and unions are sorted. No algebra. A unit is a name between two @.
 SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − –|* × · \times \cdot|π pi \pi|∞ \infty
-    |√ sqrt \sqrt|∪ \cup \bigcup|≤ <= \le \leq|≥ >= \ge \geq|= \in|\ne \neq|{ \{|),( \\|? @ \not
+    |√ sqrt \sqrt|∪ \cup \bigcup|≤ <= \le \leq|≥ >= \ge \geq|± \pm|= \in|\ne \neq|),( \\|? @ \not
     |, ; and or & \quad|~ $ \( \) \left \right \displaystyle|\frac \dfrac \tfrac|\sin sin|\cos cos
-    |} \}|@degree@ ° ^\circ ^{\circ}|@percent@ % \%|+@dollar@* \$""".split("|")) for old in olds}
-TEXT = r"\\(?:text[a-z]*|math[a-z]+|mbox|operatorname|boxed) ?"
+    |@degree@ ° ^\circ ^{\circ}|@percent@ % \%|+@dollar@* \$""".split("|")) for old in olds}
+TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|bb)|mbox|operatorname|boxed) ?"
 UNIT = (r"(?:square|cubic)?(?:[cdkm]m|[km]g|ft|in|inch|foot|feet|unit|mile|pound|dollar|cent|way"
         r"|degree|second|minute|hour|day|week|month|year|people|point|percent|(?:kilo)?meter)")
 RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
@@ -620,26 +620,26 @@ RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
     (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
     (r"^([^\d,([{]*\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"),  # 1,234 -> 1234
-    (r"(^ *\\\{|^|,)([^,]*)(\\pm|±)([^,]*?)(?=,|\\\}|\.?$)", r"\1\2+\4,\2-\4"),  # 1±x -> 1+x,1-x
     (r"[<>]=|\^\{?\\circ\}?|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # \pi -> π
     (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
     (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
+    (r"(^ ?\\{|^|,)([^,]*)±([^,]*?)(?=,|\\}|\.?$)", r"\1\2+\3,\2-\3"),  # 1±x -> 1+x,1-x
     (r"(?<![A-Za-z\\])[A-Z](?=[a-z])", lambda m: m[0].lower()),  # Even -> even
     (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
     (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?((/|per){UNIT}|/h)?(?![A-Za-z])", r"@\1\3@"),  # 5cm -> 5@cm@
     (r"\\frac ?(\d|{[^{}]*}) ?(\d)", r"\\frac \1 \2 "),  # \frac12 -> \frac 1 2
     (r"(?<![\w.}/^])(\d+) ?(\\frac ?{?\d+}? ?{?\d+}?| \d+/\d+)", r"(\1+\2)"),  # 1 1/2 -> (1+ 1/2)
     (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
-    (r"^ +|,(?= ?,)|[ .,:]+$", "")]]  # 5. -> 5
+    (r"^ +|\\(?=[{}])|,(?= ?,)|[ .,:]+$", "")]]  # 5. -> 5
 LHS = r"((?!\\[gln]|not)((\\angle )?\\?[A-Za-z]+(_\w+)?( ?\(\w+\))?|\([A-Za-z, ]+\))? ?=)?"  # x =
-NAME = re.compile(r"@[a-z/]+@|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z])(?:_\w+)?")
+NAME = re.compile(r"@[a-z/]+@|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z∞])(?:_\w+)?")
 TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|\S")
 PREFIX = {"+": [5], "-": [5], "√": [7], r"\frac": [7, 7]}  # how tightly operands are bound
 INFIX = {",": 1, "=": 2, **dict.fromkeys("<≤>≥", 3), "∪": 4, "+": 5, "*": 6, "/": 6, "^": 7}
 D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
-COMPUTE = {"+": lambda x, y=0: D.add(x, y), "-": D.minus, "*": D.multiply, "/": D.divide,
+COMPUTE = {"+": D.add, "-": D.minus, "*": D.multiply, "/": D.divide,
            "√": D.sqrt, "^": lambda x, n: D.power(x or 1 / 0, int(str(n)))}  # 0^{-1} is an error
-CONSTANTS = {name: Decimal(random.Random(name).random()) for name in "πei∞"}
+CONSTANTS = {name: Decimal(random.Random(name).random()) for name in "πei"}
 
 def _node(kind: str, *parts) -> Decimal | tuple:
     """A number where it can be computed, else kind and parts, sorted where order means nothing."""
@@ -659,7 +659,7 @@ def _parse(tokens: list[str], level: int = 0) -> Decimal | str | tuple:
             value = _node(pair, value)
     elif token in PREFIX:
         parts = [_parse(tokens, max(level, tight)) for tight in PREFIX[token]]
-        value = _node(token.replace(r"\frac", "/"), *parts)
+        value = parts[0] if token == "+" else _node(token.replace(r"\frac", "/"), *parts)
     else:
         value = CONSTANTS.get(token) or (token if NAME.fullmatch(token) else Decimal(token))
     while tokens[-1] not in ")]}" and INFIX.get(tokens[-1].replace("-", "+"), 6) > level:
