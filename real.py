@@ -25,7 +25,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting threads must not spin
@@ -547,96 +546,67 @@ def make_optimizer(model, config):
     return optimizer
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
-# SYMBOLS and RULES rewrite gold and reply, which are then split into list, tuple, ... and computed
-# to 700 digits. A name (π, x, apple) is a random number; what does not parse is text. No algebra.
-# A group of SYMBOLS is a symbol and its other spellings.
-SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − – ⁻|* × · \times \cdot|^ **|π pi \pi
-    |√ sqrt \sqrt|∞ infty \infty|± \pm|∪ \cup \bigcup|<≤< ≤ <= \le \leq \leqslant|>≤> ≥ >= \ge \geq
-    \geqslant|= \approx \in|\ne \neq|, ; and or & \quad|),( \\|{ \{|} \}|? @ ! \not|~ $ \( \) \left
-    \right \displaystyle|\frac \dfrac \tfrac|0 ⁰|1 ¹|2 ²|3 ³|4 ⁴|5 ⁵|6 ⁶|7 ⁷|8 ⁸|9 ⁹|° \circ
-    |@dollar \$|@percent % \% percent""".split("|")) for old in olds}
-TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|[mhf]box|boxed|operatorname) ?"
-UNIT = (r"(?:(?:square|sq|cubic) )?(?:[cdk]m|mm|[km]g|ft|in|lb|mph|inch|foot|feet|people|unit|yard"
-        r"|mile|pound|ounce|dollar|cent|degree|sec|second|min|minute|hr|hour|day|week|month|year"
-        r"|way|point|student|(?:(?:centi|milli|kilo)?(?:meter|metre|liter|gram)))")
+# SYMBOLS and RULES rewrite gold and reply. Each is then read as a tree: its numbers are computed,
+# its sums, products, lists and unions are sorted. No algebra. A unit is a name between two @.
+SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − –|* × · \times \cdot|π pi \pi|∞ \infty
+    |√ sqrt \sqrt|∪ \cup \bigcup|≤ <= \le \leq|≥ >= \ge \geq|± \pm|= \in|\ne \neq|),( \\|? @ \not
+    |, ; and or & \quad|~ $ \( \) \left \right \displaystyle|\frac \dfrac \tfrac|\sin sin|\cos cos
+    |@degree@ ° ^\circ ^{\circ}|@percent@ % \%|+@dollar@* \$""".split("|")) for old in olds}
+TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|bb)|mbox|operatorname|boxed) ?"
+UNIT = (r"(?:square|cubic)?(?:[cdkm]m|[km]g|ft|in|inch|foot|feet|unit|mile|pound|dollar|cent|way"
+        r"|degree|second|minute|hour|day|week|month|year|people|point|percent|(?:kilo)?meter)")
 RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
     (r"(\\left ?[([] *)?\\begin\{([pb]matrix|array\}\{[clr|]+)\}", "[("),  # \begin{pmatrix}1 -> [(1
     (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
     (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
-    (r"(?<![\d,.])\d{1,3}(,\d{3})+(?![\d,])(?!.*((?<!\\)[)\]]|\\\}))",  # 1,234 -> 1234
-     lambda m: m[0].replace(",", "")),
-    ("[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}"),  # 10⁻³ -> 10^{⁻³}
-    (r"\*\*|[<>]=|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # 2\pi -> 2π
-    (r"@dollar ?([\d,.]*\d)", r"\1@dollar"),  # @dollar5 -> 5@dollar
-    (TEXT + r"\{[ ~]*([mgshLNJWVAKC](/[a-z]+)?)[ ~]*\}", r"@\1"),  # 5\text{ m} -> 5@m
+    (r"^([^\d,([{]*\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"),  # 1,234 -> 1234
+    (r"[<>]=|\^\{?\\circ\}?|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # \pi -> π
     (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
     (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
-    (rf"(?<=[\d.)}}π]) ?({UNIT})(e?s)?( ?(/|per)? ?({UNIT}|[mhs]))?\b", r"@\1\3"),  # 5 cm -> 5@cm
-    (r"(\^ ?)?\{? ?° ?\}?", "@degree"),  # 36^{°} -> 36@degree
-    (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),  # 4.5 x 10^33 -> 4.5*10^33
-    (r"\\frac ?(\d|{[^{}]*}) ?(\d|{[^{}]*})", r"\\frac{\1}{\2}"),  # \frac12 -> \frac{1}{2}
-    (r"(?<![\w.}/*^])(\d+)(?: ?\\frac{+(\d+)}+{+(\d+)}+| (\d+)/(\d+)(?!\.?\d))",
-     r"(\1+\2\4/\3\5)"),  # 2\frac{1}{2} -> (2+1/2)
+    (r"(^ ?\\{|^|,)([^,]*)±([^,]*?)(?=,|\\}|\.?$)", r"\1\2+\3,\2-\3"),  # 1±x -> 1+x,1-x
+    (r"(?<![A-Za-z\\])[A-Z](?=[a-z])", lambda m: m[0].lower()),  # Even -> even
+    (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
+    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?((/|per){UNIT}|/h)?(?![A-Za-z])", r"@\1\3@"),  # 5cm -> 5@cm@
+    (r"\\frac ?(\d|{[^{}]*}) ?(\d)", r"\\frac \1 \2 "),  # \frac12 -> \frac 1 2
+    (r"(?<![\w.}/^])(\d+) ?(\\frac ?{?\d+}? ?{?\d+}?| \d+/\d+)", r"(\1+\2)"),  # 1 1/2 -> (1+ 1/2)
     (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
-    (r"(?<![A-Za-z\\])@?[A-Za-z]{2,}( [A-Za-z]{2,})*",  # No solution -> nosolution
-     lambda m: m[0].lower().replace(" ", "")),
-    (r"^ +|[ .,:]+$", "")]]  # 5. -> 5
-NAME = re.compile(r"@[A-Za-z]*(?:/[a-z]+)?|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-zπ∞])(?:_\w+)?")
-TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|[^\s¦]")
-GOLD_LHS = r"(\\?[A-Za-z]*(_{?\w+}?)? ?(\([A-Za-z, ]*\))? ?=)?"  # x =, f(x) =, (p, q) =
-REPLY_LHS = (r"((?! *-|.*(not|\\neg))(?=[^=]*[A-Za-z])"  # AB + AC =, but no -x =
-             r"([_^(]\d+|[^\d=,;?]|\([A-Za-z]+(, ?[A-Za-z]+)+\))+=)?")
+    (r"^ +|\\(?=[{}])|,(?= ?,)|[ .,:]+$", "")]]  # 5. -> 5
+LHS = r"((?!\\[gln]|not)((\\angle )?\\?[A-Za-z]+(_\w+)?( ?\(\w+\))?|\([A-Za-z, ]+\))? ?=)?"  # x =
+NAME = re.compile(r"@[a-z/]+@|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z∞])(?:_\w+)?")
+TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|\S")
+PREFIX = {"+": [5], "-": [5], "√": [7], r"\frac": [7, 7]}  # how tightly operands are bound
+INFIX = {",": 1, "=": 2, **dict.fromkeys("<≤>≥", 3), "∪": 4, "+": 5, "*": 6, "/": 6, "^": 7}
 D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
-PREFIX = {"+": (D.plus, 2), "-": (D.minus, 2), "√": (D.sqrt, 3), r"\frac": (D.divide, 3, 3)}
-INFIX = {"+": (D.add, 1), "-": (D.subtract, 1), "*": (D.multiply, 2), "/": (D.divide, 2),
-         "^": (lambda x, n: D.power(x or 1 / 0, int(str(n))), 3)}  # 0^{-1}, 2^{1/2} are errors
+COMPUTE = {"+": D.add, "-": D.minus, "*": D.multiply, "/": D.divide,
+           "√": D.sqrt, "^": lambda x, n: D.power(x or 1 / 0, int(str(n)))}  # 0^{-1} is an error
+CONSTANTS = {name: Decimal(random.Random(name).random()) for name in "πei"}
 
-def _evaluate(tokens: list[str], level: int = 0) -> Decimal:
+def _node(kind: str, *parts) -> Decimal | tuple:
+    """A number where it can be computed, else kind and parts, sorted where order means nothing."""
+    kind, parts = {">": ("<", parts[::-1]), "≥": ("≤", parts[::-1])}.get(kind, (kind, parts))
+    if kind in COMPUTE and {*map(type, parts)} == {Decimal}:
+        return COMPUTE[kind](*parts)
+    parts = [str(p.normalize(Context(700)) or 0) if type(p) is Decimal else p for p in parts]
+    parts = [q for p in parts for q in (p[1:] if p[0] == "," or p[0] == kind in "+*=∪" else [p])]
+    return kind, *(sorted(parts, key=str) if kind in ("+", "*", "=", "∪", "{}") else parts)
+
+def _parse(tokens: list[str], level: int = 0) -> Decimal | str | tuple:
     """Precedence climbing over reversed tokens, up to a closing bracket."""
     token = tokens.pop()
-    if token in PREFIX:
-        apply, *levels = PREFIX[token]
-        value = apply(*[_evaluate(tokens, tight) for tight in levels])
-    elif token in "({":
-        value, _ = _evaluate(tokens), tokens.pop()
-    else:  # the same name, the same number
-        value = Decimal(random.Random(token).random() if NAME.fullmatch(token) else token)
-    while tokens[-1] not in ")}" and INFIX.get(tokens[-1], INFIX["*"])[1] > level:
-        if tokens[-1] not in INFIX and tokens[-1][0] not in ".0123456789":
-            tokens.append("*")  # 2x is 2*x, but 5 6 is a KeyError
-        apply, tight = INFIX[tokens.pop()]
-        value = apply(value, _evaluate(tokens, tight))
+    if token in "([{":
+        value, pair = _parse(tokens), token + tokens.pop()
+        if pair not in ("()", "{}") or type(value) is tuple and value[0] == ",":
+            value = _node(pair, value)
+    elif token in PREFIX:
+        parts = [_parse(tokens, max(level, tight)) for tight in PREFIX[token]]
+        value = parts[0] if token == "+" else _node(token.replace(r"\frac", "/"), *parts)
+    else:
+        value = CONSTANTS.get(token) or (token if NAME.fullmatch(token) else Decimal(token))
+    while tokens[-1] not in ")]}" and INFIX.get(tokens[-1].replace("-", "+"), 6) > level:
+        if tokens[-1] not in INFIX and tokens[-1][0] not in ".0123456789{":
+            tokens.append("+" if tokens[-1] == "-" else "*")  # 2x is 2*x, but 5 6 is a KeyError
+        value = _node(sign := tokens.pop(), value, _parse(tokens, INFIX[sign] - (sign in ">≥")))
     return value
-
-def _split(text: str, mark: str) -> list[str]:
-    """Split outside all brackets; nothing comes back where brackets do not match."""
-    depths = [*accumulate((char in "([{") - (char in ")]}") for char in text)]
-    cut = ("\0" if char == mark and not depth else char for char, depth in zip(text, depths))
-    parts = "".join(cut).split("\0") if set(depths) <= {*range(30)} else []
-    return [part.strip() for part in parts if part.strip()]
-
-def _canonical(text: str) -> tuple:
-    """The form of a rewritten answer."""
-    text = text.strip()
-    pair, inside = text[:1] + text[-1:], _split(text[1:-1], ",")
-    if inside and pair == "{}":
-        return _canonical(text[1:-1])
-    items = (t.replace("±", s) for t in _split(text, ",") for s in "+-"[:1 + ("±" in t)])
-    text = ",".join(items) or text
-    for kind, mark in zip(",∪=<<", ",∪=<>"):  # x > 5 is 5 < x
-        if mark in text and len(parts := _split(text, mark)) > 1:
-            forms = [*map(_canonical, parts)][::-1 if mark == ">" else 1]
-            forms = forms if kind == "<" else sorted(forms, key=str)
-            return forms[0] if kind == "=" and forms[0] == forms[-1] else (kind, *forms)
-    if len(inside) > (pair != "[]") and pair in ("()", "[]", "(]", "[)"):  # (2,251,252); [(1,2)]
-        return pair, *map(_canonical, inside)
-    try:  # with free names, a bag of terms: 2x + 3 is 3 + 2x, but to expand or collect is algebra
-        free = set(filter(NAME.fullmatch, TOKEN.findall(text))) - {"π", "e", "i"}
-        terms = _split(re.sub(r"(?<!\^)(?=[+-])", "¦", text) if free else text, "¦") or "?"
-        values = [_evaluate(TOKEN.findall(term + ")")[::-1]) for term in terms]
-        return "value", *sorted(free), *sorted(v.normalize(Context(prec=700)) for v in values)
-    except (ArithmeticError, LookupError, ValueError, RecursionError):
-        return "text", re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 def _same(gold: str, reply: str) -> bool:
     if gold == reply or len(gold + reply) > 600:  # this bounds the work
@@ -644,27 +614,24 @@ def _same(gold: str, reply: str) -> bool:
     for pattern, new in RULES:
         gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
     if ("=" in gold) != ("=" in reply):  # one of them says x =
-        gold = gold.replace(re.match(GOLD_LHS, gold)[0], "")
-        reply = reply.replace(re.match(REPLY_LHS, reply)[0], "")
-    readings = [("@", "@")]
+        gold = gold.replace(re.match(LHS, gold)[0], "")
+        reply = reply.replace(re.match(r"([A-Z]{2} ?\+ ?)?" + LHS, reply)[0], "")
     if ("@" in gold) != ("@" in reply):  # one of them has a unit
-        readings = [(r"@[A-Za-z]*(/[a-z]+)?( ?\^ ?-?\d)?", " "), ("@percent", "/100")]
-    forms = [{_canonical(re.sub(unit, new, t)) for t in (gold, reply)} for unit, new in readings]
-    return gold.strip() != "" != reply.strip() and any(len(form) == 1 for form in forms)
+        gold, reply = (re.sub(r"\+?@[a-z/]+@\*?( ?\^-?\d)?", " ", text) for text in (gold, reply))
+    a, b = (TOKEN.findall("{" + text + "})")[::-1] for text in (gold, reply))
+    with suppress(ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
+        return len(a) > 3 and (a == b or _node("=", _parse(a)) == _node("=", _parse(b)) and a == b)
+    return False
 
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(" + r"(?:[^{}]|\{" * 6 + "[^{}]*" + r"\})*" * 6 + r")\}")
 def extract_answer(response: str) -> str | None:
-    r"""What is in the \boxed{} that closes last, after the last </think>; None in an open <think>.
+    r"""What is in the last \boxed{}, after the last </think>; None in an open <think>.
     >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
     tail = response.rpartition("</think>")[2]
-    opened, answer = [], None
-    for match in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\\.|\}", tail[-100_000:]):
-        if match[0] == "}" and opened and (start := opened.pop()):
-            answer = match.string[start:match.start()]
-        elif match[0][-1] == "{" and match[0] != r"\{":
-            opened.append(match.end() if match[1] else 0)  # 0: a brace, not a box
-    return None if "<think>" in tail else answer
+    boxes = BOX.findall(tail[-100_000:])
+    return boxes[-1] if boxes and "<think>" not in tail else None
 
 def is_correct(response: str, answer: str | float | list) -> bool:
     r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
