@@ -315,42 +315,42 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=
     device, G, total = model.eval().device, group_size, len(prompts) * group_size
     every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
-    cache = Slots(slots, max(map(len, prompts)) + max_new_tokens)
-    ids = torch.zeros((total + 1, max_new_tokens), dtype=torch.long, device=device)
-    last = [int(q[-1]) for q in prompts]  # it is read again, for the first logits
-    # of each slot: its rollout (`total`: ended), its last token, that one's column, tokens drawn
-    rollout, token, at, t = torch.zeros((4, 0), dtype=torch.long, device=device)
-    active = rollout  # the slots that hold a rollout at work: none yet
-    bar = tqdm(desc="sampling", unit=" tokens", leave=False, delay=5)
+    ids = pad_sequence(prompts, batch_first=True).repeat_interleave(G, 0)
+    ids = F.pad(ids, (0, max_new_tokens, 0, 1))  # a row: prompt and completion; the last: spare
+    first = torch.tensor([len(q) for q in prompts for _ in range(G)] + [1], device=device)
+    at = first - 1  # the column of each rollout's newest token; o_1 goes to column `first`
+    active = rollout = first[:0]  # of each slot, the rollout that it holds; the spare if it ended
+    cache, bar = Slots(slots, ids.shape[1]), tqdm(desc="tokens", unit="", leave=False, delay=5)
     while waiting or len(active):
         if len(active) <= 0.75 * len(rollout):
             free = (slots - len(active)) // G
             chosen, waiting = waiting[:free], waiting[free:]
             cache.refill(model, active, [prompts[q] for q in chosen], G)
-            new = [[q * G + g, last[q], len(prompts[q]) - 1, 0] for q in chosen for g in range(G)]
-            new = torch.tensor(new, dtype=torch.long, device=device).view(-1, 4).T
-            old = torch.stack([rollout, token, at, t])[:, active]
-            rollout, token, at, t = torch.cat([old, new], 1)
-            cache.width = int(at.max())
+            new = [q * G + g for q in chosen for g in range(G)]
+            rollout = torch.cat([rollout[active], first.new_tensor(new)])
+            cache.width = int(at[rollout].max())
         for _ in range(every):  # a token of every slot
-            cache.at, cache.width = at, min(cache.width + 1, cache.columns)
-            later = torch.arange(cache.width, device=device) > at[:, None]
+            now = cache.at = at[rollout]
+            cache.width = min(cache.width + 1, cache.columns)
+            later = torch.arange(cache.width, device=device) > now[:, None]
             mask = torch.where(later, -math.inf, 0.0).to(model.dtype)[:, None, None]  # to be added
-            logits = model(input_ids=token[:, None], position_ids=at[:, None], use_cache=True,
-                           attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = model(input_ids=ids[rollout, now][:, None], position_ids=now[:, None],
+                           attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
             token = (choose or next_token)(logits, temperature)  # o_t ~ pi(. | q, o_<t)
-            ids[rollout, t] = token  # ended slots write to the spare last row
-            done = torch.isin(token, ends) | (t + 1 == max_new_tokens)
+            ids[rollout, now + 1] = token
+            at[rollout] = now + 1
+            done = torch.isin(token, ends) | (now + 2 == first[rollout] + max_new_tokens)
             rollout = rollout.masked_fill(done, total)
-            t, at = (t + 1).clamp(max=max_new_tokens - 1), (at + 1).clamp(max=cache.columns - 1)
+            at[-1] = 0  # the spare row stays where it is, whoever writes to it
         active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
         refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
         bar.update(every * len(rollout))
     bar.close()
-    ended = torch.isin(ids[:total], ends)
+    ids = ids[:-1].gather(1, first[:-1, None] + torch.arange(max_new_tokens, device=device))
+    ended = torch.isin(ids, ends)
     mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
     T = int(mask.sum(-1).max())
-    return [x[:, :T].view(len(prompts), G, T) for x in (ids[:total] * mask, mask)]
+    return [x[:, :T].view(len(prompts), G, T) for x in (ids * mask, mask)]
 
 def label_group(problem, texts):
     """EDIT: True or False for each of a group of answers to a problem, here by the checker."""
