@@ -63,7 +63,7 @@ SAME = [
     ["-1,-2", "-2,-1", r"\{-2,-1\}"],  # hash(-1) == hash(-2)
     ["0", "0.0", "-0", "000", r"\frac{0}{5}", "1-1"],
     ["40_9", "40_{9}"],
-    ["58,500", "58500"],
+    ["58,500", "58500", r"\(58,500\)", "$58,500$"],
     # in the style of Hendrycks' is_equiv tests: compact fractions, units, parentheses, decimals
     [r"\tfrac{1}{2} + \frac1{72}", r"\dfrac{1}{2} +\!\frac{1}{72}", "37/72"],
     [r"10\sqrt{3} + \sqrt4", r"10\sqrt3 + \sqrt{4}", r"2+10\sqrt3"],
