@@ -63,7 +63,7 @@ SAME = [
     ["-1,-2", "-2,-1", r"\{-2,-1\}"],  # hash(-1) == hash(-2)
     ["0", "0.0", "-0", "000", r"\frac{0}{5}", "1-1"],
     ["40_9", "40_{9}"],
-    ["58,500", "58500"],
+    ["58,500", "58500", r"\(58,500\)", "$58,500$"],
     # in the style of Hendrycks' is_equiv tests: compact fractions, units, parentheses, decimals
     [r"\tfrac{1}{2} + \frac1{72}", r"\dfrac{1}{2} +\!\frac{1}{72}", "37/72"],
     [r"10\sqrt{3} + \sqrt4", r"10\sqrt3 + \sqrt{4}", r"2+10\sqrt3"],
@@ -222,6 +222,7 @@ WRONG = [  # gold, replies
     ("1 < x < 5", ["x < 5 > 1", "5 > x < 1"]),
     ("2 sin b cos a", ["2 sin a cos b"]),
     (r"\frac{53}{11}", [r"\frac{53}11"]),  # 53/1 1
+    (r"\sqrt{\frac52}", [r"\sqrt2\frac12"]),  # a root times a half
     ("-5", [r"\pm\,5", r"\pm 5"]),
     (r"1, -2", [r"1\,\pm\,2", r"\pm 1, \pm 2"]),
     ("145", [r"145-\infty(0)", r"145^{\infty^0}"]),
@@ -235,6 +236,7 @@ RARE = [  # right answers that are refused, since each would cost a rule of its 
     ("11111111100", ["11,111,111,100"]),  # more than two commas
     ("4.5e33", ["4.5 × 10³³", "4.5 * 10**33", "4.5 x 10^33"]),
     (r"(-\infty,2)", ["(-infty,2)"]),
+    ("1000", ["10³"]),
     ("10", ["10 = 10", r"x \approx 10", "7+3=10", "10 kmh", r"10\text{ m}", r"10\text{ m/s}"]),
     (r"x \ge 5", [r"x \geqslant 5"]),
     (r"(\pm 3, 0)", ["(3,0),(-3,0)"]),
