@@ -989,6 +989,8 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as e:
         error = str(e)
         if isinstance(e, MemoryError) or "allocate" in error:  # CUDA says so, and the CPU
