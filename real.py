@@ -781,8 +781,7 @@ class Run(ExitStack):
         known = json.dumps([[p["problem"], p["answer"]] for p in problems])  # no date of a template
         self.settings = asdict(self.config) | {"problems": zlib.crc32(known.encode())}
         for key in self.old.keys() & {"model", "problems"}:
-            same = self.old[key] == self.settings[key]
-            refuse_if(not same, f"{self.path} was started with other {key}, or in another order")
+            refuse_if(self.old[key] != self.settings[key], f"{self.path} began with other {key}")
         with reading(self.checkpoint):
             if self.done and (self.checkpoint / "trainer.pt").is_file():
                 state = torch.load(self.checkpoint / "trainer.pt", "cpu", weights_only=True)
@@ -898,6 +897,8 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as e:
         error = str(e)
         if isinstance(e, MemoryError) or "allocate" in error:  # CUDA says so, and the CPU

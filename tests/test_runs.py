@@ -564,7 +564,7 @@ def test_a_checkpoint_that_is_a_link_is_never_written_through(copy, tmp_path):
 
 def test_resume_refuses_another_model(copy, tmp_path):
     model = shutil.copytree(real.TINY, tmp_path / "model")
-    assert "was started with other model" in refused(copy, *GO_ON, "--model", model)
+    assert "began with other model" in refused(copy, *GO_ON, "--model", model)
 
 
 def test_nohup_is_obeyed(tmp_path, monkeypatch):
