@@ -105,9 +105,10 @@ class Config:
             low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
-            users = [name for name in OBJECTIVES if f.name in arguments(name)]
-            refuse_if(users and value != f.default and self.objective not in users,
-                      f"--{f.name} is a setting of --objective {', '.join(users)} alone")
+            known = [arguments(name) for name in OBJECTIVES]
+            foreign = f.name not in arguments(self.objective) and any(f.name in x for x in known)
+            refuse_if(value != f.default and foreign,
+                      f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
 
     @property

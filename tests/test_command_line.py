@@ -31,10 +31,10 @@ def refused(capsys, *flags):
     ({"tau": 0}, "--tau"), ({"tau": float("nan")}, "--tau"),
     ({"lr": float("inf")}, "--lr"), ({"temperature": 0}, "--temperature"),
     ({"group_size": 1}, "--group_size"), ({"prompts": 0}, "--prompts"),
-    ({"prompts": 10, "mini_batches": 4}, "--mini_batches 4"),
+    ({"prompts": 10, "mini_batches": 4}, "--mini_batches"),
     ({"steps": 0}, "--steps"), ({"keep": 0}, "--keep"), ({"seed": -1}, "--seed"),
     ({"kl_ref": -0.1}, "--kl_ref"), ({"max_new_tokens": 0}, "--max_new_tokens"),
-    ({"objective": "reel"}, "choose one of real, real_bce"), ({"seed": 2**32}, "--seed"),
+    ({"objective": "reel"}, "--objective: one of real, real_bce"), ({"seed": 2**32}, "--seed"),
     ({"beta2": 1}, "--beta2"), ({"save_every": 0}, "--save_every"),
     ({"objective": "grpo", "tau": 1}, "--tau is not a setting of --objective grpo"),
     ({"eps_low": 0.1}, "--eps_low is not a setting of --objective real"),
@@ -63,7 +63,7 @@ def test_zero_is_allowed_only_where_it_means_something(name):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--objective", "reel"], "choose one of"), (["--preset", "3b"], "invalid choice"),
+    (["--objective", "reel"], "--objective: one of"), (["--preset", "3b"], "invalid choice"),
     (["--stepz", "3"], "unrecognized arguments: --stepz"), (["--steps", "x"], "--steps"),
     (["--steps", "1e3"], "--steps"), (["--lr", "nan"], "--lr"), (["--tau"], "--tau"),
     (["--as_printed", "maybe"], "--as_printed"), (["extra"], "unrecognized"),
