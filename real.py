@@ -27,10 +27,6 @@ from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow
 from functools import partial
 from pathlib import Path
 
-with suppress(OSError):  # Linux: beside busy processes, OpenMP's waiting threads must not spin
-    if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")  # before torch is imported
-
 import datasets, pandas, torch, transformers
 import torch.nn.functional as F
 from filelock import FileLock
@@ -68,7 +64,7 @@ class Config:
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
-    as_printed: bool = arg(False, "REAL losses: all-right and all-wrong groups count too, Eq. 8")
+    as_printed: bool = arg(False, "REAL losses as printed, Eq. 8, 11: uniform groups too, BCE a sum")
     eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; if not given, their own")
     eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; if not given, their own")
     beta: float | None = arg(None, "beta of TRPA; if not given, its own")
@@ -88,7 +84,7 @@ class Config:
     max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
     slots: int = arg(2048, "rollouts sampled side by side; each takes memory for its cache")
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
-    low_memory: bool = arg(False, "bf16, activations recomputed; fp32 weights, AdamW on the CPU")
+    low_memory: bool = arg(False, "bf16 copy on the GPU, to recompute; fp32 and AdamW on the CPU")
     eval_every: int = arg(20, "steps between validations, also one before and after; 0: none")
     eval_samples: int = arg(8, "samples a validation problem; paper: 16")
     eval_limit: int = arg(256, "validation problems used")
@@ -120,7 +116,7 @@ RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
 
 def arguments(objective):
-    """Names of an objective's arguments: each is a field of Config or a key of the batch."""
+    """Names of an objective's arguments: fields of Config, keys of the batch, or by default."""
     return inspect.signature(OBJECTIVES[objective]).parameters
 
 # ==== Objectives ==================================================================================
@@ -130,7 +126,7 @@ def arguments(objective):
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
 
 def log_ratio(logp, old_logp, mask):
-    """s_t = log pi_theta(o_t | q) / pi_old(o_t | q), Eq. 4: (Q, G, T), 0 outside the mask."""
+    """s_t = log [pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)], Eq. 4: (Q, G, T)."""
     return torch.where(mask, logp - old_logp, 0.0)
 
 def token_mean(x, mask):
@@ -182,7 +178,7 @@ def clipped(s, labels, eps_low, eps_high):
 
 def k3(logp, other_logp, mask):
     """KL(pi || pi_other), estimated per token: e^d - d - 1 >= 0 with d = log pi_other - log pi.
-    Unbiased for tokens that pi itself has drawn."""
+    Unbiased for tokens that pi itself has drawn; here pi_old has, which is pi at first."""
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
     return d.exp() - d - 1
 
@@ -213,7 +209,7 @@ def gspo(logp, old_logp, mask, labels, *, eps_low=3e-4, eps_high=4e-4):
 
 def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
     """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, measured against the
-    starting model, which it alone is defined by; plus a small KL to the old policy."""
+    starting model; plus a small KL to the old policy. Its constants: its public code."""
     h = token_mean(log_ratio(logp, ref_logp, mask), mask)  # (Q, G)
     pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): right, wrong
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
@@ -226,21 +222,21 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} |
 
 def credit(logp, batch, config):
     """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
-    "make it likelier". Its size over 1 / (Q |o|) is Eq. 3 for GRPO and, for REAL, |W| of Eq. 9 with
-    Eq. 10: a share below 1, over tau. All that tells methods apart is in here."""
+    "make it likelier". Q |o| times its size is |W| of Eq. 9 and 10 for REAL, a share below 1 over
+    tau, and 1 / G of Eq. 3 for GRPO. All that tells methods apart is in here."""
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
         given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
         settings = {k: given[k] for k in arguments(config.objective) if given.get(k) is not None}
         loss = OBJECTIVES[config.objective](**settings)
-        for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
-            if weight:
-                loss = loss + weight * kl(logp, batch[other], batch["mask"])
+        for coefficient, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
+            if coefficient:
+                loss = loss + coefficient * kl(logp, batch[other], batch["mask"])
         return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
 def micro_batches(batch, rows, config):
-    """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens once padded.
+    """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
     longest, parts = batch["lengths"].amax(-1, keepdim=True), []
     longest = longest.expand_as(batch["lengths"]).flatten().tolist()  # of the rollout's group
@@ -283,11 +279,11 @@ def token_logprobs(model, batch, rows, config):
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(repeats.to(device))
         last = torch.stack([q[-1:] for q in prompts])  # (n, 1): it predicts token 0, so fed below
-        first = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # its position
+        start = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # its position
         column = torch.arange(ids.shape[1] + T, device=device)
         hidden = model.base_model(
-            input_ids=torch.cat([last, completions[:, :-1]], 1), position_ids=first + column[:T],
-            attention_mask=(column < first) | (column >= ids.shape[1]),  # all but padding
+            input_ids=torch.cat([last, completions[:, :-1]], 1), position_ids=start + column[:T],
+            attention_mask=(column < start) | (column >= ids.shape[1]),  # all but padding
             past_key_values=cache)[0]
     head = model.get_output_embeddings()  # 512 tokens at a time: logits of all would not fit
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
@@ -296,23 +292,24 @@ def token_logprobs(model, batch, rows, config):
 
 def all_logprobs(model, batch, config):
     """log pi_theta of every rollout of a batch: (Q, G, T)."""
-    logp = torch.zeros_like(batch["mask"], dtype=torch.float32)
-    for rows in micro_batches(batch, range(logp[..., 0].numel()), config):
-        logp.flatten(0, 1)[rows] = token_logprobs(model, batch, rows, config)
-    return logp
+    logp = torch.zeros_like(batch["mask"], dtype=torch.float32).flatten(0, 1)
+    for rows in micro_batches(batch, range(len(logp)), config):
+        logp[rows] = token_logprobs(model, batch, rows, config)
+    return logp.view(batch["mask"].shape)
 
 # ==== Sampling ====================================================================================
 def next_token(logits, temperature):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
     p = (logits.float() / temperature).softmax(-1)
-    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race that token i wins with p_i
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race: i is first with p_i
 
 @torch.no_grad()
 def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=2048, choose=None):
     """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
 
     prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
-    side by side; when a quarter of them has ended, they make room for the next prompts."""
+    side by side, each with a slot of a cache; when a quarter has ended, they make room for the next
+    prompts. `choose` may stand in for next_token, as in eval.py."""
     device, G, total = model.eval().device, group_size, len(prompts) * group_size
     every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
     slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
@@ -320,7 +317,8 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=
     ids = F.pad(ids, (0, max_new_tokens, 0, 1))  # a row: prompt and completion; the last: spare
     first = torch.tensor([len(q) for q in prompts for _ in range(G)] + [1], device=device)
     at = first - 1  # the column of each rollout's newest token; o_1 goes to column `first`
-    active = rollout = first[:0]  # of each slot, the rollout that it holds; the spare if it ended
+    rollout = first[:0]  # of each slot, the number of its rollout; `total`, the spare, if it ended
+    active = first[:0]  # the slots whose rollout has not ended
     cache, bar = Slots(slots, ids.shape[1]), tqdm(desc="tokens", unit="", leave=False, delay=5)
     while waiting or len(active):
         if len(active) <= 0.75 * len(rollout):
@@ -394,8 +392,8 @@ def update(model, optimizer, batch, config):
     An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
     rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
     factor without a model, then each micro-batch brings its share of the sum; a single one keeps
-    the graph of its first forward pass. Without credit, or if not finite, the weights stay."""
-    Q, G = batch["labels"].shape
+    the graph of its first forward pass. If push is 0, or a number not finite, the weights stay."""
+    Q, G = batch["labels"].shape  # of the mini-batch
     whole = len(micro_batches(batch, range(Q * G), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
@@ -409,7 +407,7 @@ def update(model, optimizer, batch, config):
     if rows and (loss + norm).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=not config.low_memory)  # there, gradients add into .grad
-    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W| of Eq. 9
+    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W| if REAL
             "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
 
 def train(config, label=label_group):
@@ -426,7 +424,7 @@ def train(config, label=label_group):
         optimizer = make_optimizer(model.to(device), config)
         run.start(model, optimizer, problems)
         reference, row = None, {}
-        if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model, frozen
+        if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
             reference = load_model(config.model, model.dtype)[0].to(device)
         if held_out and not run.done:
             row["pass@1_before"] = validate(model, tokenizer, held_out, config)
@@ -437,20 +435,20 @@ def train(config, label=label_group):
             questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
             batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
             size = config.prompts // config.mini_batches
-            parts = [{k: v[i : i + size] for k, v in batch.items()}
+            minis = [{k: v[i : i + size] for k, v in batch.items()}
                      for i in range(0, config.prompts, size)]
-            # line 5, pi_old: its log-probabilities, by the same forward passes as in `update`
-            with torch.no_grad():  # (critical) so that s_bar is exactly 0 in the step's first one
-                for part in parts:
-                    part["old_logp"] = all_logprobs(model, part, config)
+            # line 5, pi_old: its log-probabilities. (critical) By the very passes of `update`, so
+            with torch.no_grad():  # that s_bar is exactly 0 before the step's first update
+                for mini in minis:
+                    mini["old_logp"] = all_logprobs(model, mini, config)
                     if reference:
-                        part["ref_logp"] = all_logprobs(reference, part, config)
+                        mini["ref_logp"] = all_logprobs(reference, mini, config)
             updates = []
-            for part in parts:  # line 8
+            for mini in minis:  # line 8
                 number = (step - 1) * config.mini_batches + len(updates) + 1
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
-                updates.append(update(model, optimizer, part, config))  # lines 9 and 10
-            row |= metrics(batch, parts, updates)
+                updates.append(update(model, optimizer, mini, config))  # lines 9 and 10
+            row |= metrics(batch, minis, updates)
             last = step == config.steps
             if held_out and (last or step % config.eval_every == 0):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
@@ -468,7 +466,8 @@ class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
 
     def __init__(self, slots, columns):
-        self.slots, self.columns, self.width, self.kv = slots, columns, 0, []
+        self.slots, self.columns, self.kv = slots, columns, []
+        self.width, self.at = 0, None  # columns in use; the column that each slot writes next
 
     def refill(self, model, active, prompts, G):
         """Move the slots `active` to the front and read each new prompt once, for G slots more."""
@@ -490,7 +489,7 @@ class Slots:
             x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
         return [x[:n, :, : self.width] for x in own]
 
-    def get_seq_length(self, *args):
+    def get_seq_length(self, *args):  # transformers asks; the positions are given
         return 0
 
 def draw(problems, step, config):
@@ -502,10 +501,10 @@ def draw(problems, step, config):
         chosen.append(problems[torch.randperm(len(problems), generator=order)[k]])
     return chosen
 
-def metrics(batch, parts, updates):
+def metrics(batch, minis, updates):
     """What a step did, as numbers; the README says what each means."""
     labels, mask = batch["labels"], batch["mask"]
-    old_logp = torch.cat([part["old_logp"] for part in parts])
+    old_logp = torch.cat([mini["old_logp"] for mini in minis])
     s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
     loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
     return {"loss": loss.mean(), "grad_norm": norm.max(), "reward": labels.float().mean(),
