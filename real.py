@@ -64,7 +64,7 @@ class Config:
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
-    as_printed: bool = arg(False, "REAL losses as printed, Eq. 8, 11: uniform groups too, BCE a sum")
+    as_printed: bool = arg(False, "REAL as printed, Eq. 8, 11: uniform groups count, BCE is a sum")
     eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; if not given, their own")
     eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; if not given, their own")
     beta: float | None = arg(None, "beta of TRPA; if not given, its own")
@@ -620,7 +620,8 @@ def _same(gold: str, reply: str) -> bool:
         gold, reply = (re.sub(r"\+?@[a-z/]+@\*?( ?\^-?\d)?", " ", text) for text in (gold, reply))
     a, b = (TOKEN.findall("{" + text + "})")[::-1] for text in (gold, reply))
     with suppress(ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
-        return len(a) > 3 and (a == b or _node("=", _parse(a)) == _node("=", _parse(b)) and a == b)
+        equal = a == b or _node("=", _parse(a)) == _node("=", _parse(b))
+        return equal and len(a) == len(b) != 3  # 1: both are read to the end; 3: nothing is there
     return False
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(" + r"(?:[^{}]|\{" * 6 + "[^{}]*" + r"\})*" * 6 + r")\}")
