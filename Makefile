@@ -1,16 +1,13 @@
 # make train: set up and train the embedded model.  make test: set up and run the tests.
 PYTHON ?= python3
 BIN := .venv/bin
-# Linux: beside busy processes OpenMP's waiting threads must not spin, or a step takes ten seconds
-RUNNING := $(shell sed 's,.* \([0-9]*\)/.*,\1,' /proc/loadavg 2>/dev/null || echo 0)
-SPIN := $(shell [ $(RUNNING) -lt `nproc 2>/dev/null || echo 9` ] || echo GOMP_SPINCOUNT=0)
 
 train: .venv/train
-	$(SPIN) $(BIN)/python real.py $(ARGS)
+	$(BIN)/python real.py $(ARGS)
 
 test: .venv/test
 	$(BIN)/ruff check
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
 
 .venv/train: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'

@@ -27,6 +27,10 @@ from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow
 from functools import partial
 from pathlib import Path
 
+with suppress(OSError):  # Linux: beside busy programs waiting threads must not spin; before torch
+    if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import datasets, pandas, torch, transformers
 import torch.nn.functional as F
 from filelock import FileLock
@@ -643,7 +647,6 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
 # ==== Models and data =============================================================================
-
 @contextmanager
 def reading(what):
     """Whatever a library raises about somebody's files becomes one line that names them."""
@@ -734,7 +737,6 @@ def load_problems(tokenizer, config, path, split, least=1):
     return problems
 
 # ==== The run's folder ============================================================================
-
 LOGS = "metrics.jsonl", "samples.jsonl"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
@@ -812,7 +814,7 @@ class Run(ExitStack):
                        f"the run would end {end}\nstep {' '.join(SHOWN)}")
         note = " too hard, too easy, or another --answer_column" * (not row["mixed"])
         note += " raise --max_new_tokens" * (row["cut_off"] >= 0.5)
-        numbers = [f"{row[k]:.5f}"[: len(k)].rjust(len(k)) for k in SHOWN if k in row]
+        numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
         tqdm.write(f"{step:4} {' '.join(numbers)}{note}")
         refuse_if(row["skipped"] == self.config.mini_batches,
                   f"no update of step {step} was finite: --resume with a lower --lr")
@@ -855,7 +857,6 @@ class Run(ExitStack):
         return rows[-1]
 
 # ==== Command line ================================================================================
-
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
 PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
@@ -883,6 +884,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
+    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every and not args.resume,
+              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
     if args.resume:
         saved = read_run(Config.folder.fget(args))[1].items()  # args have the names of Config
         argv = [f"--{k}={v}" for k, v in saved if k in args and v is not None] + argv
