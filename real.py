@@ -105,9 +105,7 @@ class Config:
             low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
-            known = [arguments(name) for name in OBJECTIVES]
-            foreign = f.name not in arguments(self.objective) and any(f.name in x for x in known)
-            refuse_if(value != f.default and foreign,
+            refuse_if(value != f.default and f.name in LOSS - arguments(self.objective).keys(),
                       f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
 
@@ -118,6 +116,7 @@ class Config:
 
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
+LOSS = {"tau", "as_printed", "eps_low", "eps_high", "beta"}  # each belongs to some objectives
 
 def arguments(objective):
     """Names of an objective's arguments: fields of Config, keys of the batch, or by default."""
@@ -125,7 +124,7 @@ def arguments(objective):
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
-# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name.
+# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name, in LOSS.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
 
@@ -226,8 +225,8 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} |
 
 def credit(logp, batch, config):
     """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
-    "make it likelier". Q |o| times its size is |W| of Eq. 9 and 10 for REAL, a share below 1 over
-    tau, and 1 / G of Eq. 3 for GRPO. All that tells methods apart is in here."""
+    "make it likelier". Q |o| times its size is |W| of Eq. 9 with Eq. 10 for REAL, a share below 1
+    over tau, and 1 / G of Eq. 3 for GRPO. All that tells methods apart is in here."""
     with torch.enable_grad():
         logp = logp.detach().requires_grad_()
         given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name

@@ -139,6 +139,10 @@ def test_another_model_or_dataset_needs_a_preset(flags):
     else:
         with pytest.raises(UserError, match="--preset.*tiny.*0.5b"):
             real.parse(flags)
+    if flags[0] == "--dataset":  # whose held-out problems are never the toy's by default
+        with pytest.raises(UserError, match="--eval_dataset"):
+            real.parse([*flags, "--preset", "tiny"])
+        flags = [*flags, "--eval_every", "0"]
     assert getattr(real.parse([*flags, "--preset", "tiny"]), flags[0][2:]) == "x"
 
 

@@ -194,7 +194,7 @@ def test_a_group_cut_by_a_micro_batch_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--objective reel", "--objective reel: choose"), ("--tau 0", "--tau"),
+    ("--objective reel", "--objective: one of real"), ("--tau 0", "--tau"),
     ("--dataset no/such.jsonl", "no/such.jsonl"), ("--answer_column solution", "answer_column"),
     ("--num_generations 1", "at least 2"), ("--rollouts 8", "--rollouts")])
 def test_other_mistakes_are_refused_too(tmp_path, flags, said):
