@@ -368,7 +368,7 @@ def test_pass_at_k_before_and_after(tmp_path, monkeypatch, capsys):
     """Three problems, two seeds, all numbers by hand."""
     monkeypatch.setattr(ideas.runlog, "LOGS", tmp_path)
     for arm, seed, counts in (
-            ("before", 0, [32, 0, 1]), ("REAL", 0, [64, 64, 0]), ("REAL", 1, [64, 0, 1])):
+            ("before", 0, [32, 0, 1]), ("REAL", 0, [64, 64, 0]), ("REAL", 1, [64, 64, 1])):
         rows = [{"right": n} for n in counts]
         ideas.runlog.append("leash", rows, ["right"], arm=arm, seed=seed)
     assert ideas.pass_at_k([[1], [64]], 32) == [0.75]  # 1 of 64 is among 32 of them half the time
@@ -376,18 +376,19 @@ def test_pass_at_k_before_and_after(tmp_path, monkeypatch, capsys):
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if line[1:]}
     assert cells["pass@k"] == [f"k = {k}" for k in (1, 2, 4, 8, 16, 32, 64)]
-    # k = 1: 1/2, 0, 1/64 before; 1, 1/2, 1/128 after; k = 64: 1, 0, 1 and 1, 1/2, 1/2
-    half = 1.96 * statistics.stdev([1 / 2, 1 / 2, -1 / 128]) / 3**0.5
-    assert cells["its change"][0] == f"{(1 - 1 / 128) / 3:.3f} ± {half:.3f}"
-    assert cells["before"][0].startswith("0.172") and cells["REAL"][0].startswith("0.503")
-    assert cells["REAL"][-1].startswith("0.667") and cells["its change"][-1].startswith("0.000")
-    assert ["REAL: of 3 problems, lost [1, 0], gained [1, 0] (a seed each)"] in lines
+    # k = 1: 1/2, 0, 1/64 before; 1, 1, 1/128 after; k = 64: 1, 0, 1 and 1, 1, 1/2
+    half = 1.96 * statistics.stdev([1 / 2, 1, -1 / 128]) / 3**0.5
+    assert cells["its change"][0] == f"{(3 / 2 - 1 / 128) / 3:.3f} ± {half:.3f}"
+    assert cells["before"][0].startswith("0.172") and cells["REAL"][0].startswith("0.669")
+    assert cells["REAL"][-1].startswith("0.833") and cells["its change"][-1].startswith("0.167")
+    assert ["REAL: of 3 problems, lost [1, 0], gained [1, 1] (a seed each)"] in lines
 
 
 def test_tempo_on_a_tree_by_hand():
     """Four rollouts: the first token is everyone's, then three part from one, then one from two.
-    b ends where a draws token 0, the number that stands for no token."""
-    completions = torch.tensor([[[7, 1, 2, 0], [7, 1, 2, 0], [7, 1, 3, 0], [7, 4, 5, 6]]])
+    The last draws token 2 where two others do, but no longer on their branch; and the first draws
+    token 0, the number that stands for no token, where the second has ended."""
+    completions = torch.tensor([[[7, 1, 2, 0], [7, 1, 2, 0], [7, 1, 3, 0], [7, 4, 2, 6]]])
     mask = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]).bool()
     labels = torch.tensor([[1, 0, 0, 1]])  # mean 1/2, standard deviation sqrt(1/3)
     V = torch.tensor([  # before the first token it is 1/2 for all
