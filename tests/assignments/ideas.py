@@ -249,7 +249,7 @@ def more_rollouts(right, n):
 
 def widened(batch, added, extra):
     """A batch with the `added` rollouts, `extra` of each question. Groups below the largest are
-    filled up with copies of their own, which `present` (Q, G) gives away."""
+    filled up with copies of their own, which `present` (Q, G) gives away. Texts stay the first."""
     n, T = batch["labels"].shape[1], max(batch["mask"].shape[-1], added["mask"].shape[-1])
     place, batch = torch.arange(n + max(extra)), dict(batch)
     batch["present"] = torch.stack([place < n + count for count in extra])
@@ -259,9 +259,6 @@ def widened(batch, added, extra):
             old, new = (torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in (old, new))
         groups = [torch.cat(pair) for pair in zip(old, new.split(extra))]
         batch[key] = torch.stack([group[place % len(group)] for group in groups])
-    texts = iter(added["texts"])
-    groups = [old + [next(texts)[0] for _ in range(k)] for old, k in zip(batch["texts"], extra)]
-    batch["texts"] = [[group[i % len(group)] for i in place] for group in groups]
     return batch
 
 
@@ -283,7 +280,8 @@ def dars(config):
     Read: the abstract, and the authors' code: the schedule is their hardness-weighted one, in its
     form for advantages that are divided by the standard deviation (their scripts do not divide).
     They add large batches and several epochs, and leave groups of one kind out of the mean; here
-    the rest is as in the row of GRPO. `real.rollouts` is patched for the training steps."""
+    the rest is as in the row of GRPO. `real.rollouts` is patched for the training steps. The log's
+    reward and lengths are of what is in the batch, copies included."""
     plain, drawn = real.rollouts, []
 
     def by_checker(problem, texts):  # its own name, by which the training steps are known
@@ -337,7 +335,7 @@ RUNS = {  # name: what trains, its settings
     "GRPO without KL": (real.train, {"objective": "grpo"}),
     "prefix tree": (real.train, {"objective": "tempo"}),
     "hard questions": (dars, {"objective": "grpo_of_present"}),
-    "GRPO without KL, G = 12": (real.train, {"objective": "grpo", "group_size": 12}),
+    "GRPO without KL, G = 10": (real.train, {"objective": "grpo", "group_size": 10}),
 }
 
 
