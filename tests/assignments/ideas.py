@@ -251,15 +251,15 @@ def widened(batch, added, extra):
     """A batch with the `added` rollouts, `extra` of each question. Groups below the largest are
     filled up with copies of their own, which `present` (Q, G) gives away. Texts stay the first."""
     n, T = batch["labels"].shape[1], max(batch["mask"].shape[-1], added["mask"].shape[-1])
-    place, batch = torch.arange(n + max(extra)), dict(batch)
-    batch["present"] = torch.stack([place < n + count for count in extra])
-    for key in ("completions", "mask", "lengths", "labels", "ended"):
+    place, wide = torch.arange(n + max(extra)), dict(batch)
+    wide["present"] = torch.stack([place < n + count for count in extra])
+    for key in (key for key, x in batch.items() if isinstance(x, torch.Tensor)):
         old, new = batch[key], added[key][:, 0]
         if old.dim() == 3:  # as long as the longest rollout of both
             old, new = (torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in (old, new))
         groups = [torch.cat(pair) for pair in zip(old, new.split(extra))]
-        batch[key] = torch.stack([group[place % len(group)] for group in groups])
-    return batch
+        wide[key] = torch.stack([group[place % len(group)] for group in groups])
+    return wide
 
 
 def grpo_of_present(logp, old_logp, mask, labels, *, present):
@@ -349,7 +349,8 @@ def run(name, seed):
         train(config)
         rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
         if name in LEASH:
-            asked = {("before", 0): config.model, (name, seed): max(config.folder.glob("ch*-*"))}
+            newest = max(config.folder.glob("checkpoint-*"))
+            asked = {("before", 0): config.model, (name, seed): newest}
             known = {(log["arm"], log["seed"]) for log in runlog.read("leash")}
             for (arm, number), model in asked.items():
                 if (arm, number) not in known:
