@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,7 @@ def test_every_idea_runs(tmp_path, monkeypatch):
              "eval_limit": 4, "eval_samples": 2, "max_new_tokens": 16}
     monkeypatch.setattr(ideas.runlog, "LOGS", tmp_path)
     monkeypatch.setattr(ideas, "BUDGET", small)
+    monkeypatch.setattr(ideas, "EVAL", ["--samples", "2", "--limit", "4"])
     train, trained_on = real.train, []
 
     def watched(config, **more):
@@ -345,6 +347,13 @@ def test_every_idea_runs(tmp_path, monkeypatch):
     assert [run["arm"] for run in runs] == list(ideas.RUNS)
     for run in runs:
         assert 0 <= run["rows"][-1]["pass@1"] <= 1 and "pass@1_before" in run["rows"][0]
+        if run["arm"] == "hard questions":  # 4 questions, 2 rollouts each, or 4 if none is right
+            drawn = [row["rollouts"] for row in run["rows"]]
+            assert drawn != [8, 8] and set(drawn) <= {8, 10, 12, 14, 16}
+    asked = {run["arm"]: [row["right"] for row in run["rows"]]
+             for run in ideas.runlog.read("leash")}
+    assert set(asked) == {"before", *ideas.LEASH}
+    assert all(len(right) == 4 and set(right) <= {0, 1, 2} for right in asked.values())
 
 
 def test_extrapolation_is_exact_on_a_line():
@@ -353,3 +362,96 @@ def test_extrapolation_is_exact_on_a_line():
     points = torch.stack([start + (0.3 + 0.1 * t) * direction for t in (5, 10, 15, 20)])
     found = ideas.extrapolate(start, points, [5, 10, 15, 20], 40)
     assert torch.allclose(found, start + 4.3 * direction)
+
+
+def test_pass_at_k_before_and_after(tmp_path, monkeypatch, capsys):
+    """Three problems, two seeds, all numbers by hand."""
+    monkeypatch.setattr(ideas.runlog, "LOGS", tmp_path)
+    for arm, seed, counts in (
+            ("before", 0, [32, 0, 1]), ("REAL", 0, [64, 64, 0]), ("REAL", 1, [64, 64, 1])):
+        rows = [{"right": n} for n in counts]
+        ideas.runlog.append("leash", rows, ["right"], arm=arm, seed=seed)
+    assert ideas.pass_at_k([[1], [64]], 32) == [0.75]  # 1 of 64 is among 32 of them half the time
+    ideas.leash()
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines if line[1:]}
+    assert cells["pass@k"] == [f"k = {k}" for k in (1, 2, 4, 8, 16, 32, 64)]
+    # k = 1: 1/2, 0, 1/64 before; 1, 1, 1/128 after; k = 64: 1, 0, 1 and 1, 1, 1/2
+    half = 1.96 * statistics.stdev([1 / 2, 1, -1 / 128]) / 3**0.5
+    assert cells["its change"][0] == f"{(3 / 2 - 1 / 128) / 3:.3f} ± {half:.3f}"
+    assert cells["before"][0].startswith("0.172") and cells["REAL"][0].startswith("0.669")
+    assert cells["REAL"][-1].startswith("0.833") and cells["its change"][-1].startswith("0.167")
+    assert ["REAL: of 3 problems, lost [1, 0], gained [1, 1] (a seed each)"] in lines
+
+
+def test_tempo_on_a_tree_by_hand():
+    """Four rollouts: the first token is everyone's, then three part from one, then one from two.
+    The last draws token 2 where two others do, but no longer on their branch; and the first draws
+    token 0, the number that stands for no token, where the second has ended."""
+    completions = torch.tensor([[[7, 1, 2, 0], [7, 1, 2, 0], [7, 1, 3, 0], [7, 4, 2, 6]]])
+    mask = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]).bool()
+    labels = torch.tensor([[1, 0, 0, 1]])  # mean 1/2, standard deviation sqrt(1/3)
+    V = torch.tensor([  # before the first token it is 1/2 for all
+        [1 / 2, 1 / 3, 1 / 2, 1], [1 / 2, 1 / 3, 1 / 2, 0], [1 / 2, 1 / 3, 0, 0],
+        [1 / 2, 1, 1, 1]], dtype=torch.float64)
+    found = ideas.prefix_values(completions, mask, labels.double())[0]
+    assert torch.allclose(found[mask[0]], V[mask[0]])
+    A = torch.tensor([  # r - 1/2, plus V after the token, minus V before it
+        [1 / 2, 1 / 3, 2 / 3, 1], [-1 / 2, -2 / 3, -1 / 3, 0], [-1 / 2, -2 / 3, -5 / 6, 0],
+        [1 / 2, 1, 1 / 2, 1 / 2]], dtype=torch.float64) / ((1 / 3) ** 0.5 + 1e-6)
+    zeros = torch.zeros(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    loss = ideas.tempo(zeros, torch.zeros(1, 4, 4), mask, labels, completions=completions)
+    push = torch.autograd.grad(loss, zeros)[0][0]
+    assert torch.allclose(push, -A / torch.tensor([[4], [3], [3], [4]]) / 4)
+
+
+def test_tempo_is_grpo_while_no_rollout_parts():
+    logp, old, mask, labels = case()
+    mask, same = torch.ones_like(mask), torch.zeros(logp.shape, dtype=torch.long)
+    found = ideas.tempo(logp, old, mask, labels, completions=same)
+    assert torch.allclose(found, real.grpo(logp, old, mask, labels))
+
+
+def test_more_rollouts_for_hard_questions():
+    """8 sqrt(15), 8 sqrt(7), 8 sqrt(3), 8 sqrt(5/3), rounded up, less the 8 that are there; and by
+    the definition: the smallest number whose advantages reach the sum that was set."""
+    assert [ideas.more_rollouts(right, 8) for right in range(9)] == [23, 14, 6, 3, 0, 0, 0, 0, 0]
+    for n, right in itertools.product((8, 12), (1, 2, 3)):
+        p, N = right / n, n + ideas.more_rollouts(right, n)
+        assert (N - 1) * 2 * (p * (1 - p)) ** 0.5 < 2 * (1 - p) * n <= N * 2 * (p * (1 - p)) ** 0.5
+
+
+def test_groups_of_different_size_share_a_batch():
+    """The first question gets no more rollouts, the second three; by hand."""
+    def batch(ids, lengths, labels):
+        ids, labels = torch.tensor(ids), torch.tensor(labels).bool()
+        return {"completions": ids, "mask": ids > 0, "lengths": torch.tensor(lengths),
+                "labels": labels, "ended": ~labels, "problems": ["P", "R"]}
+
+    first = batch([[[1, 2], [3, 0]], [[4, 0], [5, 6]]], [[7, 6], [6, 7]], [[1, 0], [0, 0]])
+    added = batch([[[7, 7, 7]], [[8, 0, 0]], [[9, 0, 0]]], [[8], [6], [6]], [[1], [0], [0]])
+    found = ideas.widened(first, added, [0, 3])
+    assert found["present"].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert found["completions"].tolist() == [
+        [[1, 2, 0], [3, 0, 0], [1, 2, 0], [3, 0, 0], [1, 2, 0]],
+        [[4, 0, 0], [5, 6, 0], [7, 7, 7], [8, 0, 0], [9, 0, 0]]]
+    assert found["mask"].equal(found["completions"] > 0) and found["problems"] == ["P", "R"]
+    assert found["lengths"].tolist() == [[7, 6, 7, 6, 7], [6, 7, 8, 6, 6]]
+    assert found["labels"].int().tolist() == [[1, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
+    assert found["ended"].equal(~found["labels"])
+
+
+def test_copies_weigh_nothing_and_rollouts_weigh_the_same():
+    """A group of 3 and one of 8, against GRPO of each by itself."""
+    logp, old, mask, labels = case()
+    group = [x[1:] for x in (logp, old, mask, labels)]
+    whole = ideas.grpo_of_present(*group, present=torch.ones(2, 8).bool())
+    assert torch.allclose(whole, real.grpo(*group))
+    labels[1, :3] = torch.tensor([True, False, True])
+    present = torch.arange(8) < torch.tensor([[3], [8]])
+    logp.requires_grad_()
+    group = [x[1:] for x in (logp, old, mask, labels)]
+    found = ideas.grpo_of_present(*group, present=present)
+    small, large = real.grpo(*(x[:1, :3] for x in group)), real.grpo(*(x[1:] for x in group))
+    assert torch.allclose(found, (3 * small + 8 * large) / 11)
+    assert not torch.autograd.grad(found, logp)[0][1, 3:].any()

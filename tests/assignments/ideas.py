@@ -1,19 +1,21 @@
-"""Five ideas from the literature, each plugged into real.py from outside, measured on the tiny
+"""Eight ideas from the literature, each plugged into real.py from outside, measured on the tiny
 model.
 
-    python tests/assignments/ideas.py    # 30 minutes on one core; what has its log is not run again
+    python tests/assignments/ideas.py    # an hour on one core; what has its log is not run again
 
 An idea is a label function given to `real.train`, an objective of one's own in `real.OBJECTIVES`,
-or a few lines around `real.train`; nothing in real.py is patched. A run is 40 steps at the defaults
-of real.Config, in a process of its own, and a line of tests/assignments/logs/ideas.jsonl. The last
-thing printed is the table of Pass@1 on the 256 held-out problems, 8 samples each, always by the
-real checker.
+or a few lines around `real.train`. One patches real.py: idea 8 puts its own `real.rollouts` in
+place while it trains. A run is 40 steps at the defaults of real.Config, in a process of its own,
+and a line of tests/assignments/logs/ideas.jsonl. Printed at the end: the table of Pass@1 on the 256
+held-out problems, 8 samples each, always by the real checker; and that of pass@k, idea 6, whose log
+is leash.jsonl.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,18 +23,20 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "experiments")]
+import eval as scoring  # noqa: E402
 import real  # noqa: E402
 import runlog  # noqa: E402
 
 runlog.LOGS = HERE / "logs"
 SEEDS, RHO = range(3), 0.2
 BUDGET = {"steps": 40, "eval_every": 20, "eval_samples": 8}
-KEYS = "step reward mixed solved entropy response_length pass@1 pass@1_before".split()
+KEYS = "step reward mixed solved entropy response_length pass@1 pass@1_before rollouts".split()
 
 # ---- 1. No answers: the majority is right --------------------------------------------------------
 
@@ -150,6 +154,157 @@ def rank_one(config):
         f.write(json.dumps({"step": 40, "pass@1": score}) + "\n")
 
 
+# ---- 6. Does training widen what the model can do, or only sharpen it? ---------------------------
+
+SAMPLES = 64
+EVAL = ["--samples", str(SAMPLES)]
+LEASH = "REAL, again", "GRPO without KL"  # the runs whose last checkpoint is asked
+
+
+def times_right(model):
+    """How many of 64 samples are right, of each held-out problem, by the protocol of eval.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        scoring.main(["--model", str(model), *EVAL, "--output_dir", folder])
+        text = next(Path(folder).glob("*.jsonl")).read_text()
+    return [sum(json.loads(row)["labels"]) for row in text.splitlines()[1:]]
+
+
+def pass_at_k(counts, k):
+    """pass@k of each problem, from how many of its 64 samples are right: a mean over the seeds.
+
+    "Invisible leash" (arXiv 2507.14843; abstract read): training lifts pass@1, but at large k the
+    untrained model is often ahead: it reaches problems that the trained one has lost. The estimator
+    is eval.py's, with its temperature 0.6 and top_p 0.95."""
+    seeds = [[scoring.pass_at_k([True] * c + [False] * (SAMPLES - c), k) for c in count]
+             for count in counts]
+    return [statistics.mean(problem) for problem in zip(*seeds)]
+
+
+def leash():
+    """The table of pass@k, half a 95% interval over the problems beside each mean and each
+    difference, which is paired; and how many problems 64 samples no longer solve, or newly do."""
+    counts = {}
+    for log in runlog.read("leash"):
+        counts.setdefault(log["arm"], []).append([row["right"] for row in log["rows"]])
+    before = counts["before"][0]
+    ks = [2**i for i in range(SAMPLES.bit_length())]
+    print("\n| pass@k |", " | ".join(f"k = {k}" for k in ks), "|\n" + "|---" * (len(ks) + 1) + "|")
+    for name, own in counts.items():
+        change = [[a - b for a, b in zip(pass_at_k(own, k), pass_at_k([before], k))] for k in ks]
+        for title, cells in (name, [pass_at_k(own, k) for k in ks]), ("its change", change):
+            if title == name or name != "before":
+                shown = (f"{statistics.mean(x):.3f} ± {scoring.interval(x):.3f}" for x in cells)
+                print(f"| {title} |", " | ".join(shown), "|")
+    for name, own in counts.items():
+        lost = [sum(b > 0 == a for a, b in zip(seed, before)) for seed in own]
+        gained = [sum(a > 0 == b for a, b in zip(seed, before)) for seed in own]
+        print(f"{name}: of {len(before)} problems, lost {lost}, gained {gained} (a seed each)")
+
+
+# ---- 7. Credit where the rollouts of a group part ------------------------------------------------
+
+
+def clipped_loss(logp, old_logp, mask, A, eps=0.2):
+    """GRPO's clipped loss of each rollout, (Q, G), for an advantage A of each token, (Q, G, T)."""
+    rho = real.log_ratio(logp, old_logp, mask).clamp(-20, 20).exp()
+    return real.token_mean(-torch.minimum(rho * A, rho.clamp(1 - eps, 1 + eps) * A), mask)
+
+
+def prefix_values(completions, mask, r):
+    """V (Q, G, T): the mean reward of those rollouts of the group that begin as this one does, up
+    to and with token t. The group as a prefix tree, V its nodes."""
+    same = (completions[:, :, None] == completions[:, None]) & mask[:, None]  # (Q, G, G, T)
+    together = same.long().cumprod(-1)  # 1 until the two rollouts part
+    return (together * r[:, None, :, None]).sum(2) / together.sum(2).clamp(min=1)
+
+
+def tempo(logp, old_logp, mask, labels, *, completions):
+    """TEMPO (arXiv 2509.18314): to GRPO's advantage comes the temporal difference of the prefix
+    tree, A_t = (r - mean + V(o_1 .. o_t) - V(o_1 .. o_{t-1})) / std. It is 0 but where rollouts
+    part, so without branches this is GRPO.
+
+    Read: the abstract, and the advantage in the authors' code. The rest is GRPO's, as in its row:
+    clipped at 0.2 on both sides, where their scripts have 0.28 above."""
+    r = labels.to(logp.dtype)
+    mean, std = r.mean(-1, keepdim=True), r.std(-1, keepdim=True)
+    V = prefix_values(completions, mask, r)
+    before = torch.cat([mean.expand_as(r)[..., None], V[..., :-1]], -1)  # V of the empty prefix
+    A = ((r - mean)[..., None] + V - before) / (std[..., None] + 1e-6)
+    return clipped_loss(logp, old_logp, mask, A).mean()
+
+
+# ---- 8. More rollouts for hard questions ---------------------------------------------------------
+
+
+def more_rollouts(right, n):
+    """How many rollouts to add to the n of a question, `right` of which are right.
+
+    A group's advantages sum to N 2 sqrt(p (1 - p)) in size (GRPO's, divided by the standard
+    deviation), so hard questions, p near 0, teach least. DARS draws more where p < 1/2, until that
+    sum is 2 (1 - p) n, N = n sqrt((1 - p) / p): the more, the harder. None right counts as half a
+    one."""
+    p = max(right, 0.5) / n
+    return max(0, math.ceil(n * math.sqrt((1 - p) / p)) - n)
+
+
+def widened(batch, added, extra):
+    """A batch with the `added` rollouts, `extra` of each question. Groups below the largest are
+    filled up with copies of their own, which `present` (Q, G) gives away. Texts stay the first."""
+    n, T = batch["labels"].shape[1], max(batch["mask"].shape[-1], added["mask"].shape[-1])
+    place, wide = torch.arange(n + max(extra)), dict(batch)
+    wide["present"] = torch.stack([place < n + count for count in extra])
+    for key in (key for key, x in batch.items() if isinstance(x, torch.Tensor)):
+        old, new = batch[key], added[key][:, 0]
+        if old.dim() == 3:  # as long as the longest rollout of both
+            old, new = (torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in (old, new))
+        groups = [torch.cat(pair) for pair in zip(old, new.split(extra))]
+        wide[key] = torch.stack([group[place % len(group)] for group in groups])
+    return wide
+
+
+def grpo_of_present(logp, old_logp, mask, labels, *, present):
+    """GRPO for groups of different size: mean and standard deviation over a group's own rollouts,
+    and one mean over all rollouts, so that a question counts by how many it has."""
+    own, r = present.to(logp.dtype), labels.to(logp.dtype)
+    n = own.sum(-1, keepdim=True)
+    centred = own * (r - (own * r).sum(-1, keepdim=True) / n)
+    std = (centred.square().sum(-1, keepdim=True) / (n - 1)).sqrt()
+    loss = clipped_loss(logp, old_logp, mask, (centred / (std + 1e-6))[..., None])
+    return (own * loss).sum() / own.sum()
+
+
+def dars(config):
+    """DARS (arXiv 2508.13755): a first group of each question says how hard it is, then the hard
+    ones get more rollouts.
+
+    Read: the abstract, and the authors' code: the schedule is their hardness-weighted one, in its
+    form for advantages that are divided by the standard deviation (their scripts do not divide).
+    They add large batches and several epochs, and leave groups of one kind out of the mean; here
+    the rest is as in the row of GRPO. `real.rollouts` is patched for the training steps. The log's
+    reward and lengths are of what is in the batch, copies included."""
+    plain, drawn = real.rollouts, []
+
+    def by_checker(problem, texts):  # its own name, by which the training steps are known
+        return real.label_group(problem, texts)
+
+    def rollouts(model, tokenizer, problems, n, config, label=real.label_group, **more):
+        batch = plain(model, tokenizer, problems, n, config, label, **more)
+        if label is not by_checker:
+            return batch
+        extra = [more_rollouts(right, n) for right in batch["labels"].sum(-1).tolist()]
+        drawn.append(n * len(problems) + sum(extra))
+        hard = [p for p, count in zip(problems, extra) for _ in range(count)]
+        if not hard:
+            return batch | {"present": torch.ones_like(batch["labels"])}
+        return widened(batch, plain(model, tokenizer, hard, 1, config, label), extra)
+
+    with mock.patch.object(real, "rollouts", rollouts):
+        real.train(config, label=by_checker)
+    log = config.folder / "metrics.jsonl"
+    rows = [json.loads(row) | {"rollouts": n} for row, n in zip(log.open(), drawn, strict=True)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 # ---- Not an idea but exercise 5's bug ------------------------------------------------------------
 
 
@@ -163,7 +318,8 @@ def end_token_lost(logp, old_logp, mask, labels, *, completions, tau=0.5):
     return real.real(logp, old_logp, mask & (completions != end_token()), labels, tau=tau)
 
 
-OBJECTIVES = {"real_denoised": real_denoised, "dhpo": dhpo, "end_token_lost": end_token_lost}
+OBJECTIVES = {f.__name__: f for f in (
+    real_denoised, dhpo, end_token_lost, tempo, grpo_of_present)}
 RUNS = {  # name: what trains, its settings
     "REAL": (real.train, {}),
     "majority vote": (majority_vote, {}),
@@ -174,6 +330,12 @@ RUNS = {  # name: what trains, its settings
     "hybrid ratios": (real.train, {"objective": "dhpo"}),
     "end token lost (exercise 5)": (real.train, {"objective": "end_token_lost"}),
     "GRPO": (real.train, {"objective": "grpo", "kl_ref": 0.001}),
+    # what follows was run later, on a newer real.py, and is to be compared with itself alone
+    "REAL, again": (real.train, {}),
+    "GRPO without KL": (real.train, {"objective": "grpo"}),
+    "prefix tree": (real.train, {"objective": "tempo"}),
+    "hard questions": (dars, {"objective": "grpo_of_present"}),
+    "GRPO without KL, G = 10": (real.train, {"objective": "grpo", "group_size": 10}),
 }
 
 
@@ -186,16 +348,24 @@ def run(name, seed):
         config = real.Config(seed=seed, output_dir=folder, **BUDGET | settings)
         train(config)
         rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+        if name in LEASH:
+            newest = max(config.folder.glob("checkpoint-*"))
+            asked = {("before", 0): config.model, (name, seed): newest}
+            known = {(log["arm"], log["seed"]) for log in runlog.read("leash")}
+            for (arm, number), model in asked.items():
+                if (arm, number) not in known:
+                    right = [{"right": n} for n in times_right(model)]
+                    runlog.append("leash", right, ["right"], arm=arm, seed=number, eval=EVAL)
     runlog.append("ideas", rows, KEYS, arm=name, seed=seed, config=BUDGET | settings,
                   seconds=round(time.time() - began))
 
 
 def table():
-    """Pass@1 before, after 20 and after 40 steps, over the seeds; and the length of the last
-    training rollouts."""
+    """Pass@1 before, after 20 and after 40 steps, over the seeds; the length of the last training
+    rollouts, and how many there were a step."""
     print("| run | before | after 20 steps | after 40: mean | lowest | highest "
-          "| tokens a rollout |")
-    print("|---|---|---|---|---|---|---|")
+          "| tokens a rollout | rollouts a step |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in RUNS:
         logs = [run["rows"] for run in runlog.read("ideas") if run["arm"] == name]
         before = [log[0]["pass@1_before"] for log in logs]
@@ -204,7 +374,10 @@ def table():
         last = [[row for row in log if "reward" in row][-1] for log in logs]
         length = statistics.mean(row["response_length"] for row in last)
         cells = (*map(statistics.mean, (before, middle, end)), min(end), max(end))
-        print(f"| {name} |", " | ".join(f"{x:.3f}" for x in cells), f"| {length:.1f} |")
+        drawn = 16 * RUNS[name][1].get("group_size", 8)
+        drawn = statistics.mean(row.get("rollouts", drawn) for log in logs for row in log)
+        print(f"| {name} |", " | ".join(f"{x:.3f}" for x in cells),
+              f"| {length:.1f} | {drawn:.0f} |")
 
 
 def vote():
@@ -232,4 +405,5 @@ if __name__ == "__main__":
                 print(f"--- {name}, seed {seed}", flush=True)
                 subprocess.run([sys.executable, __file__, name, str(seed)], check=True)
         table()
+        leash()
         vote()
