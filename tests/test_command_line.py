@@ -74,6 +74,7 @@ def test_zero_is_allowed_only_where_it_means_something(name):
     (["--answer_column", "a.b"], "--answer_column"), (["--max_new_tokens", "5000"], "5"),
     (["--prompts", "100000", "--mini_batches", "1"], "100000 are needed"),
     (["--max_prompt_tokens", "1"], "0 usable rows"), (["--resume"], "no run to resume"),
+    (["--eval_every", "1", "--eval_dataset", real.TINY], "eval_dataset"),
     (["--dataset", real.TINY, "--split", "nope"], "tiny"), (["--output_dir", "x" * 300], "")])
 def test_bad_flags_are_one_line_and_exit_2(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
