@@ -811,8 +811,8 @@ class Run(ExitStack):
             end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
             tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}; "
                        f"the run would end {end}\nstep {' '.join(SHOWN)}")
-        note = " too hard, too easy, or another --answer_column" * (not row["mixed"])
-        note += " raise --max_new_tokens" * (row["cut_off"] >= 0.5)
+        note = " no mixed group: too hard, too easy or a wrong --answer_column" * (not row["mixed"])
+        note += " half is cut off: raise --max_new_tokens" * (row["cut_off"] >= 0.5)
         numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
         tqdm.write(f"{step:4} {' '.join(numbers)}{note}")
         refuse_if(row["skipped"] == self.config.mini_batches,
