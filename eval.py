@@ -15,7 +15,7 @@ import os
 import zlib
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -68,7 +68,7 @@ def write(file, text):
 
 def nucleus(logits, temperature, top_p):
     """real.next_token among the fewest tokens that hold top_p; at temperature 0, the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0).gather(-1, order.argsort(-1))
@@ -77,8 +77,7 @@ def nucleus(logits, temperature, top_p):
 def complete(model, tokenizer, problems, file, settings):
     """Sample and grade all problems into a file, going on from what it holds. Returns its rows."""
     rows = saved(file, settings) if file.exists() else []
-    config = argparse.Namespace(**settings)
-    choose = partial(nucleus, top_p=config.top_p)
+    config, choose = argparse.Namespace(**settings), partial(nucleus, top_p=settings["top_p"])
     for start in tqdm(range(len(rows), len(problems), config.batch), desc=config.benchmarks):
         torch.manual_seed(config.seed * 1_000_003 + start)  # resumed or not, the same draws
         chosen = problems[start : start + config.batch]
@@ -160,7 +159,7 @@ def parse(argv=None):
         add(f"--{name}", default=default, help=f"of data that is not named above; {default}")
     add("--output_dir", default="runs/eval", help="folder of the completions and of scores.json")
     args = parser.parse_args(argv)
-    if min(args.samples, args.batch, args.limit) < 1 or not 0 <= args.temperature < math.inf:
+    if min(args.samples, args.batch, args.limit) < 1 or not 0 <= args.temperature < 1e9:
         parser.error("--samples, --batch and --limit start at 1, --temperature at 0")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top_p must be above 0 and at most 1; it is {args.top_p}")
@@ -172,7 +171,8 @@ def evaluate(args):
     names, scores = list(BENCHMARKS)[:6] if args.benchmarks == ["all"] else args.benchmarks, {}
     for name in dict.fromkeys(args.model):
         model, tokenizer = real.load_model(name)
-        bits = sum(p.data.view(torch.int32).sum().item() for p in model.parameters())  # exact
+        bits = reduce(lambda crc, p: zlib.crc32(p.detach().contiguous().numpy(), crc),
+                      model.parameters(), zlib.crc32(model.config.to_json_string().encode()))
         todo = {b: load_benchmark(b, model, tokenizer, args) for b in names}
         if torch.cuda.is_available():
             for p in model.parameters():  # not the buffers: rounded rotary phases are off

@@ -34,6 +34,7 @@ with suppress(OSError):  # Linux: beside busy programs waiting threads must not 
 import datasets, pandas, torch, transformers
 import torch.nn.functional as F
 from filelock import FileLock
+from pyarrow import parquet
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -102,7 +103,7 @@ class Config:
         refuse_if(self.objective not in OBJECTIVES, f"--objective: one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value = getattr(self, f.name)
-            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, math.inf))
+            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, 1e9))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
             refuse_if(value != f.default and f.name in LOSS - arguments(self.objective).keys(),
@@ -114,7 +115,7 @@ class Config:
         name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
         return Path(self.output_dir or f"runs/{name}")
 
-RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, math.inf)) | {
+RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, 1e9)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
 LOSS = {"tau", "as_printed", "eps_low", "eps_high", "beta"}  # each belongs to some objectives
 
@@ -653,7 +654,6 @@ def reading(what):
         yield
     except Exception as e:
         cause = [*str(e).strip().splitlines(), type(e).__name__][0]
-        cause += " (delete it to go on from the one before)" * ("checkpoint-" in str(what))
         raise e if isinstance(e, UserError) else UserError(f"cannot use {what}: {cause}") from None
 
 def load_model(name, dtype=torch.float32):
@@ -669,7 +669,9 @@ def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     limits = "max_position_embeddings original_max_position_embeddings sliding_window window_size"
-    room = min(getattr(model.config.get_text_config(), x, 0) or longest for x in limits.split())
+    found = model.config.get_text_config().to_dict()
+    found |= found.get("rope_parameters") or {}
+    room = min(found.get(x) or longest for x in limits.split())
     refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
     with reading(f"model {config.model} with its tokenizer"):
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
@@ -691,7 +693,7 @@ def load_rows(path, name, split):
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
         if file.suffix == ".parquet":
-            return list(datasets.Dataset.from_parquet(str(file)))
+            return parquet.read_table(file).to_pylist()  # datasets would keep an older copy
         if file.suffix == ".csv":  # as if without a header: else more fields than names move all
             names, *rows = pandas.read_csv(file, header=None, dtype=str, na_filter=False).values
             return [dict(zip(names, row)) for row in rows]
@@ -720,6 +722,8 @@ def load_problems(tokenizer, config, path, split, least=1):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
+            if text.strip() not in prompt:
+                raise ValueError("the chat template drops the question")
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
         if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
@@ -736,16 +740,17 @@ def load_problems(tokenizer, config, path, split, least=1):
     return problems
 
 # ==== The run's folder ============================================================================
-LOGS = "metrics.jsonl", "samples.jsonl"
+LOGS, DELETE = ("metrics.jsonl", "samples.jsonl"), "delete it to go on from the one before"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
 
 def read_run(folder):
     """The checkpoints of a run, oldest first, and the settings that the newest was saved with."""
-    files = [None, *sorted(folder.glob("checkpoint-" + "[0-9]" * 6 + "/run.json"))]
-    with reading(files[-1]):
-        settings = dict(json.loads(files[-1].read_text())) if files[-1] else {}
-    return [file.parent for file in files[1:]], settings
+    files, settings = sorted(folder.glob("checkpoint-" + "[0-9]" * 6 + "/run.json")), {}
+    if files:
+        with reading(f"{files[-1]} ({files[-1].parent}: {DELETE})"):
+            settings = dict(json.loads(files[-1].read_text()))
+    return [file.parent for file in files], settings
 
 class Run(ExitStack):
     """A run's folder: metrics.jsonl, samples.jsonl, metrics.png, and checkpoint-NNNNNN with all it
@@ -762,14 +767,23 @@ class Run(ExitStack):
         refuse_if(self.done and not config.resume, f"{self.path} holds a run: --resume goes on")
         refuse_if(config.resume and not self.done, f"{self.path} holds no run to resume")
         refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} --steps: set more")
+        for x in self.path.glob("checkpoint-" + "[0-9]" * 6):
+            refuse_if(self.done < int(x.name[-6:]) <= config.steps, f"{x} is in the way: move it")
+        refuse_if((self.path / ".checkpoint").is_symlink(), f"{self.path}/.checkpoint is a link")
+        refuse_if(not str(self.path).isprintable(), "--output_dir has characters without a glyph")
 
     def __enter__(self):
         with reading(f"{self.path}, in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
         self.callback(shutil.rmtree, self.path / ".checkpoint", ignore_errors=True)
+        self.push(self.advise)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
         return self
+
+    def advise(self, kind, error, trace):
+        if self.done and isinstance(error, UserError) and f"{self.checkpoint}" in str(error):
+            error.args = (f"{error} ({DELETE})",)
 
     def stop(self, number, frame):
         self.signal = number
@@ -841,7 +855,8 @@ class Run(ExitStack):
 
     def finish(self):
         """Draw the log, or leave after a signal. Returns the log's last row."""
-        rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
+        with reading(self.path / LOGS[0]):
+            rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
         if rows[-1]["step"] < self.config.steps:  # a signal
             raise SystemExit(128 + self.signal)
         with suppress(ImportError):  # the picture needs matplotlib
@@ -904,12 +919,12 @@ def one_line_errors():
         sys.exit(130)
     except Exception as e:
         error = str(e)
-        if isinstance(e, MemoryError) or "allocate" in error:  # CUDA says so, and the CPU
+        if not isinstance(e, (UserError, OSError)):  # OSError: a full disk, a closed pipe
+            if not isinstance(e, MemoryError) and "allocate" not in error:  # CUDA says so
+                raise
             sampling = "in sample\n" in traceback.format_exc()
             flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
             error = f"out of memory: lower {flag}"
-        elif not isinstance(e, (UserError, OSError)):  # OSError: a full disk, a closed pipe
-            raise
         print(f"{Path(sys.argv[0]).name}: error: {repr(error)[1:-1]}", file=sys.stderr)
         sys.exit(2)
 
