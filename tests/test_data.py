@@ -5,6 +5,7 @@ import datetime
 import decimal
 import io
 import json
+import os
 import re
 import sys
 
@@ -314,3 +315,18 @@ def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding,
     assert "1+1" in said and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", said)
     sample = json.loads((tmp_path / "rün" / "samples.jsonl").read_text())
     assert sample["problem"] == HOSTILE["problem"]
+
+
+def test_a_template_that_drops_the_question_is_refused(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "hello"
+    assert "drops the question" in refused([GOOD], tmp_path, tokenizer=tokenizer)
+
+
+def test_a_parquet_file_is_read_as_it_is_now(tmp_path):
+    """Rewritten within the same second, with the same size and time, it is another file."""
+    file = tmp_path / "data.parquet"
+    for answer in ("2", "3"):
+        datasets.Dataset.from_list([GOOD | {"answer": answer}]).to_parquet(str(file))
+        os.utime(file, (10**9, 10**9))
+        assert real.load_rows(file, None, "train") == [GOOD | {"answer": answer}]

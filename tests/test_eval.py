@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import real
 
@@ -123,6 +124,21 @@ def changed_weight(folder):
     model.save_pretrained(folder)
 
 
+def changed_order(folder):
+    """Two layers in each other's place: the same numbers in all."""
+    model, _ = real.load_model(folder)
+    layers = model.model.layers
+    layers[0], layers[3] = layers[3], layers[0]
+    model.save_pretrained(folder)
+
+
+def changed_config(folder):
+    """The same weights, another norm."""
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def changed_end(folder):
     """Another end token, as when a generation_config.json is mended."""
     config = json.loads((folder / "generation_config.json").read_text())
@@ -131,7 +147,8 @@ def changed_end(folder):
 
 
 @pytest.mark.parametrize("change, word", [(changed_template, "prompts"),
-                                          (changed_weight, "weights"), (changed_end, "ends")])
+                                          (changed_weight, "weights"), (changed_end, "ends"),
+                                          (changed_order, "weights"), (changed_config, "weights")])
 def test_a_change_under_the_same_name_is_noticed(change, word, tmp_path, capsys):
     copy_of_the_model(tmp_path / "m")
     command = [*QUICK, "--model", str(tmp_path / "m"), "--output_dir", str(tmp_path / "out")]
@@ -344,3 +361,9 @@ def test_a_full_disk_leaves_the_scores_of_before(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         ev.main([*QUICK, "--output_dir", str(tmp_path)])
     assert (tmp_path / "scores.json").read_text() == before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-40, 1e-9])
+def test_temperatures_next_to_0_take_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -9.0, -0.5]])
+    assert ev.nucleus(logits, temperature, 0.95).tolist() == [1, 2]

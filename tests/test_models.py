@@ -206,6 +206,12 @@ def test_positions_that_end_before_the_rollout_are_refused(limit, model):
     assert "positions for 64: lower --max_new_tokens" in refused(model, "--max_new_tokens", 48)
 
 
+def test_positions_of_rope_parameters_are_refused_too(model):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    edit(model / "config.json", rope_parameters=rope)
+    assert "positions for 64" in refused(model, "--max_new_tokens", 48)
+
+
 SMALL = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
              intermediate_size=64, eos_token_id=1, bos_token_id=0)
 ARCHITECTURES = {  # Hugging Face name: settings, and whether real.py can train it

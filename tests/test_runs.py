@@ -172,6 +172,31 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(name, how, copy
     assert "delete it to go on from the one before" in said and str(newest) in said
 
 
+def test_only_a_checkpoint_of_the_run_is_ever_to_be_deleted(tmp_path):
+    """Advice to delete a user's model or data, or a whole run, would be worse than none."""
+    (tmp_path / "checkpoint-mine").mkdir()
+    for flags in (["--model", tmp_path / "checkpoint-mine"],
+                  ["--dataset", tmp_path / "checkpoint-data.jsonl"]):
+        assert "delete" not in refused(tmp_path / "checkpoint-000001-run", *flags)
+
+
+def test_what_is_in_the_way_of_a_checkpoint_is_refused_before_it_costs_steps(copy, tmp_path):
+    (copy / "checkpoint-000006" / "run.json").unlink()  # so that it is not ours any more
+    assert "checkpoint-000006 is in the way" in refused(copy, "--resume", "--steps", "8")
+    shutil.rmtree(copy / "checkpoint-000006")
+    (tmp_path / "mine").mkdir()
+    (copy / ".checkpoint").symlink_to(tmp_path / "mine")
+    assert "is a link" in refused(copy, "--resume", "--steps", "8")
+
+
+def test_a_damaged_log_of_a_checkpoint_is_one_line_at_the_end(copy):
+    log = copy / "checkpoint-000006" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        train(copy, "--resume", "--steps", "7")
+    assert (copy / "checkpoint-000007" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("how", ["gone", "a pipe"])
 def test_without_trainer_pt_adamw_starts_afresh_and_a_line_says_so(how, copy, capsys):
     damage(copy / "checkpoint-000006" / "trainer.pt", how)
