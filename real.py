@@ -103,7 +103,7 @@ class Config:
         refuse_if(self.objective not in OBJECTIVES, f"--objective: one of {', '.join(OBJECTIVES)}")
         for f in fields(self):
             value = getattr(self, f.name)
-            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, 1e9))
+            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, 1e12))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
             refuse_if(value != f.default and f.name in LOSS - arguments(self.objective).keys(),
@@ -115,7 +115,7 @@ class Config:
         name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
         return Path(self.output_dir or f"runs/{name}")
 
-RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, 1e9)) | {
+RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, 1e12)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
 LOSS = {"tau", "as_printed", "eps_low", "eps_high", "beta"}  # each belongs to some objectives
 
@@ -919,6 +919,8 @@ def one_line_errors():
         sys.exit(130)
     except Exception as e:
         error = str(e)
+        if isinstance(e, BrokenPipeError):  # `| head`: silent, as an exit would flush once more
+            os._exit(2)
         if not isinstance(e, (UserError, OSError)):  # OSError: a full disk, a closed pipe
             if not isinstance(e, MemoryError) and "allocate" not in error:  # CUDA says so
                 raise
