@@ -77,7 +77,8 @@ def nucleus(logits, temperature, top_p):
 def complete(model, tokenizer, problems, file, settings):
     """Sample and grade all problems into a file, going on from what it holds. Returns its rows."""
     rows = saved(file, settings) if file.exists() else []
-    config, choose = argparse.Namespace(**settings), partial(nucleus, top_p=settings["top_p"])
+    config = argparse.Namespace(**settings)
+    choose = partial(nucleus, top_p=config.top_p)
     for start in tqdm(range(len(rows), len(problems), config.batch), desc=config.benchmarks):
         torch.manual_seed(config.seed * 1_000_003 + start)  # resumed or not, the same draws
         chosen = problems[start : start + config.batch]
@@ -175,9 +176,7 @@ def evaluate(args):
                       model.parameters(), zlib.crc32(model.config.to_json_string().encode()))
         todo = {b: load_benchmark(b, model, tokenizer, args) for b in names}
         if torch.cuda.is_available():
-            for p in model.parameters():  # not the buffers: rounded rotary phases are off
-                p.data = p.data.bfloat16()
-            model.to("cuda")
+            model = real.load_model(name, torch.bfloat16)[0].to("cuda")
         for benchmark, (problems, room) in todo.items():
             settings = vars(args) | dict(
                 model=name, benchmarks=benchmark, output_dir="", max_new_tokens=room, weights=bits,

@@ -657,7 +657,7 @@ def reading(what):
         raise e if isinstance(e, UserError) else UserError(f"cannot use {what}: {cause}") from None
 
 def load_model(name, dtype=torch.float32):
-    """A causal language model in fp32 and its tokenizer, from the hub or a folder."""
+    """A causal language model, in fp32 unless asked, and its tokenizer, from hub or folder."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -669,11 +669,11 @@ def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
     limits = "max_position_embeddings original_max_position_embeddings sliding_window window_size"
-    found = model.config.get_text_config().to_dict()
-    found |= found.get("rope_parameters") or {}
-    room = min(found.get(x) or longest for x in limits.split())
-    refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
     with reading(f"model {config.model} with its tokenizer"):
+        found = model.config.get_text_config().to_dict()
+        found |= found.get("rope_parameters") or {}
+        room = min(found.get(x) or longest for x in limits.split())
+        refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
         # long and short side by side, and two more in the slots that they leave
         four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
@@ -740,7 +740,8 @@ def load_problems(tokenizer, config, path, split, least=1):
     return problems
 
 # ==== The run's folder ============================================================================
-LOGS, DELETE = ("metrics.jsonl", "samples.jsonl"), "delete it to go on from the one before"
+LOGS = "metrics.jsonl", "samples.jsonl"
+DELETE = "delete it to go on from the one before"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
 
@@ -770,7 +771,7 @@ class Run(ExitStack):
         for x in self.path.glob("checkpoint-" + "[0-9]" * 6):
             refuse_if(self.done < int(x.name[-6:]) <= config.steps, f"{x} is in the way: move it")
         refuse_if((self.path / ".checkpoint").is_symlink(), f"{self.path}/.checkpoint is a link")
-        refuse_if(not str(self.path).isprintable(), "--output_dir has characters without a glyph")
+        refuse_if(re.search("[\ud800-\udfff]", str(self.path)), "--output_dir is no text in UTF-8")
 
     def __enter__(self):
         with reading(f"{self.path}, in use by another run"):

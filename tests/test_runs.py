@@ -189,6 +189,14 @@ def test_what_is_in_the_way_of_a_checkpoint_is_refused_before_it_costs_steps(cop
     assert "is a link" in refused(copy, "--resume", "--steps", "8")
 
 
+@pytest.mark.parametrize("name, fine", [("my run\u00a0\u3000\u200d", True), ("b\udcff", False)])
+def test_a_folder_of_any_characters_works_or_is_refused_before_it_costs_steps(name, fine, tmp_path):
+    if fine:
+        assert train(tmp_path / name, "--steps", "1")["step"] == 1
+    else:
+        assert "UTF-8" in refused(tmp_path / name)
+
+
 def test_a_damaged_log_of_a_checkpoint_is_one_line_at_the_end(copy):
     log = copy / "checkpoint-000006" / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
