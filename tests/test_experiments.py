@@ -72,7 +72,8 @@ def test_the_plan_is_made_of_settings_that_exist(study, monkeypatch):
     runs = [run for group in groups for run in group]
     assert len({run[:3] for run in runs}) == len(runs)
     for *_, settings in runs:
-        study.real.Config(**{k: v for k, v in settings.items() if k != "flip"})
+        study.real.Config(**{k: v for k, v in settings.items()
+                             if k not in ("flip", "epochs", "age")})
     monkeypatch.setattr(study, "swept", lambda updates, method: {1e-5: 0.1, 5e-5: 0.2, 1e-4: 0.3})
     (_, arm, *_), = study.at_an_end(16, {"GSPO": {}})
     assert arm == "GSPO at 0.0002"
@@ -111,6 +112,40 @@ def test_frozen_credit_is_that_of_a_policy_that_did_not_move(study):
         (old_logp, "real"), (old_logp - 1, "real_frozen"), (old_logp - 1, "real"))]
     assert torch.allclose(push[0], push[1], rtol=1e-12)  # one more rounding of the sum
     assert not torch.allclose(push[0], push[2], rtol=0.01)
+
+
+def test_the_sum_as_logit_is_the_mean_times_the_length(study):
+    torch.manual_seed(0)
+    old_logp = -torch.rand(1, 4, 5, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]
+    s = torch.where(mask, 0.2 * torch.randn(4, 5, dtype=torch.float64), 0.0)
+    z = s.sum(-1) / 0.5
+    expected = torch.log1p((-z[:2]).exp().sum()) + torch.log1p(z[2:].exp().sum())
+    loss = study.real.OBJECTIVES["real_sum"](
+        old_logp + s, old_logp, mask[None], torch.tensor([[True, True, False, False]]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_regimes_repeat_updates_and_use_the_policy_of_steps_before(study, monkeypatch):
+    """Two epochs: twice the updates of the same mini-batches. Age 1: rollouts and log pi_old of a
+    step are those of the weights before the last step."""
+    seen, real = [], study.real
+    update = real.update
+
+    def look(model, optimizer, batch, config):
+        done = update(model, optimizer, batch, config)
+        seen.append((batch["completions"], done["s_bar"].abs().max().item()))
+        return done
+    monkeypatch.setattr(real, "update", look)
+    monkeypatch.setattr(study, "SILENT", ())
+    monkeypatch.setattr(study, "BUDGET", dict(steps=3, eval_every=0, prompts=4, mini_batches=2))
+    rows, _ = study.execute(("eq9", "two", 0, {"objective": "real", "lr": 1e-3, "epochs": 2}))
+    assert [len(row["update_norms"]) for row in rows] == [4, 4, 4]
+    assert all(torch.equal(seen[i][0], seen[i + 2][0]) for i in (0, 1, 4, 5, 8, 9))
+    assert all(seen[i][1] == 0 for i in (0, 4, 8)) and seen[2][1] > 0
+    seen.clear()
+    study.execute(("eq9", "old", 0, {"objective": "real", "lr": 1e-3, "age": 1}))
+    assert seen[0][1] == 0 and seen[2][1] > 0 and seen[4][1] > 0
 
 
 def test_other_problems_are_in_neither_file_and_flipped_labels_are_every_objective_s(study):

@@ -10,6 +10,7 @@ logs/study_first.jsonl is the study as it was before the plan.
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import json
 import math
@@ -42,6 +43,17 @@ def real_frozen(logp, old_logp, mask, labels, *, tau=0.5):
     return real.real(old_logp + logp - logp.detach(), old_logp, mask, labels, tau=tau)
 
 
+def real_sum(logp, old_logp, mask, labels, *, tau=0.5):
+    """REAL with the sum of a rollout's log-ratios as its logit, in place of their mean."""
+    n = mask.sum(-1, keepdim=True)  # (Q, G, 1)
+    return real.real(n * logp, n * old_logp, mask, labels, tau=tau)
+
+
+def real_sum_frozen(logp, old_logp, mask, labels, *, tau=0.5):
+    """The same with its credit frozen."""
+    return real_sum(old_logp + logp - logp.detach(), old_logp, mask, labels, tau=tau)
+
+
 def with_kl_on_mixed(objective):
     """The objective plus a KL to the starting model that leaves uniform groups alone."""
     def loss(logp, old_logp, mask, labels, *, ref_logp):
@@ -52,8 +64,8 @@ def with_kl_on_mixed(objective):
 
 
 real.OBJECTIVES |= atlas.OBJECTIVES | {
-    "real_frozen": real_frozen, "real_kl_mixed": with_kl_on_mixed(real.real),
-    "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
+    "real_frozen": real_frozen, "real_sum": real_sum, "real_sum_frozen": real_sum_frozen,
+    "real_kl_mixed": with_kl_on_mixed(real.real), "grpo_kl_mixed": with_kl_on_mixed(real.grpo)}
 METHODS = {name: {"objective": name.lower()} for name in ("REAL", "GRPO", "DAPO", "GSPO", "TRPA")}
 WIDE = {"GSPO, clip x 10": {"objective": "gspo", "eps_low": 0.003, "eps_high": 0.004}}
 KL_ARMS = {"REAL, KL on all groups": {"objective": "real", "kl_ref": KL},
@@ -62,13 +74,17 @@ KL_ARMS = {"REAL, KL on all groups": {"objective": "real", "kl_ref": KL},
            "GRPO, KL on mixed groups": {"objective": "grpo_kl_mixed"}}
 TAUS = {"frozen credit": {"objective": "real_frozen"}} | {
     f"REAL, tau {tau}": {"objective": "real", "tau": tau} for tau in (0.005, 0.05)}
+REGIMES = {  # of family (d), each REAL and frozen credit
+    "one label in five flipped": {"flip": 0.2}, "rollouts 4 steps old": {"age": 4},
+    "8 epochs": {"epochs": 8, "mini_batches": 4, "warmup": 20}, "sum as logit": {"sum": True}}
 UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the first five steps
 RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
 OUTCOME = (20, 30, 40)  # the steps whose Pass@1 is the outcome; the one at step 10 is not computed
 SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), 100, 1
 BAND = 0.01
-SILENT = {"real", "grpo", "dapo", "gspo", "real_frozen", "real_kl_mixed", "grpo_kl_mixed"}
+SILENT = {"real", "grpo", "dapo", "gspo", "real_frozen", "real_sum", "real_sum_frozen",
+          "real_kl_mixed", "grpo_kl_mixed"}
 KEYS = ("step pass@1 reward mixed entropy solved response_length grad_norm s_over_tau skipped "
         "clipped update_norms").split()
 
@@ -118,10 +134,12 @@ def main_runs(updates, arms):
     return seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
 
 
-def regime(name, **settings):
+def regime(name):
     """REAL and REAL with frozen credit, in a setting of their own."""
-    arms = {f"{kind}, {name}": {"objective": objective} | settings
-            for kind, objective in (("REAL", "real"), ("frozen", "real_frozen"))}
+    settings = dict(REGIMES[name])
+    loss = "real_sum" if settings.pop("sum", False) else "real"
+    arms = {f"{kind}, {name}": {"objective": loss + end} | settings
+            for kind, end in (("REAL", ""), ("frozen", "_frozen"))}
     return seeds("eq9", 16, arms, lambda _: best_rate(16, "REAL"))
 
 
@@ -134,11 +152,16 @@ def plan():
            + seeds("eq9", 16, TAUS, lambda _: best_rate(16, "REAL"))
            + main_runs(16, three | WIDE))
     yield from sweep_groups(4, METHODS)
-    yield main_runs(4, METHODS) + regime("one label in five flipped", flip=0.2)
+    yield main_runs(4, METHODS) + regime("one label in five flipped")
     yield from sweep_groups(16, {"TRPA": METHODS["TRPA"]})
     yield main_runs(16, {"TRPA": METHODS["TRPA"]})
     yield seeds("atlas", 16, {name: {"objective": name} for name in atlas.OBJECTIVES},
                 lambda _: best_rate(16, "REAL"), range(5))
+    yield regime("rollouts 4 steps old")
+    yield regime("sum as logit")
+    yield regime("8 epochs")
+    yield seeds("eq9", 16, {"REAL, tau 0.025": {"objective": "real", "tau": 0.025}},
+                lambda _: best_rate(16, "REAL"))
 
 
 # ==== How it is run ==============================================================================
@@ -160,16 +183,50 @@ def other_problems(file):
 
 
 class Watch:
-    """Stands in for real.update and real.validate, and keeps what no log holds."""
+    """Stands in for functions of real.py: keeps what no log holds, and makes two regimes of Eq. 9:
+    `epochs` over each batch, and rollouts by the policy as it was `age` steps before."""
 
-    def __init__(self, optimizer):
-        self.real_update, self.real_validate = real.update, real.validate
+    NAMES = "update validate make_optimizer metrics rollouts all_logprobs".split()
+
+    def __init__(self, epochs=1, age=0):
+        self.real = {name: getattr(real, name) for name in self.NAMES}
         self.updates, self.validations = [], 0
-        self.optimizer = optimizer
+        self.epochs, self.age, self.past, self.trained = epochs, age, [], None
+
+    def __enter__(self):
+        for name in self.NAMES:
+            setattr(real, name, getattr(self, name))
+        return self
+
+    def __exit__(self, *_):
+        for name in self.NAMES:
+            setattr(real, name, self.real[name])
+
+    def rollouts(self, model, tokenizer, problems, group_size, config, *label, **choose):
+        """A step's rollouts have a label; they come from the oldest policy that is kept."""
+        if label and self.trained:  # before, real.py checks the model
+            self.past = [*self.past, copy.deepcopy(model)][-1 - self.age:]
+            model = self.past[0]
+        return self.real["rollouts"](model, tokenizer, problems, group_size, config, *label,
+                                     **choose)
+
+    def all_logprobs(self, model, batch, config):
+        """Those of the old policy are taken without a graph."""
+        if self.past and not torch.is_grad_enabled():
+            model = self.past[0]
+        return self.real["all_logprobs"](model, batch, config)
+
+    def metrics(self, batch, minis, updates):
+        """The epochs after the first, over the same mini-batches; then the numbers of the first."""
+        for _ in range(self.epochs - 1):
+            for mini in minis:
+                self.update(*self.trained, mini, self.config)
+        return self.real["metrics"](batch, minis, updates)
 
     def make_optimizer(self, model, config):
         """The optimizer, with hooks that measure how far each of its steps moves the weights."""
-        optimizer = self.optimizer(model, config)
+        optimizer = self.real["make_optimizer"](model, config)
+        self.trained, self.config = (model, optimizer), config
         weights = [w for group in optimizer.param_groups for w in group["params"]]
 
         def before(*_):
@@ -190,7 +247,7 @@ class Watch:
             done = {"loss": torch.tensor(0.0), "grad_norm": torch.tensor(0.0), "weight": none,
                     "s_bar": none}
         else:
-            done = self.real_update(model, optimizer, batch, config)
+            done = self.real["update"](model, optimizer, batch, config)
         scores = done["s_bar"][mixed].abs().flatten() / config.tau
         self.updates.append((self.moved, done["grad_norm"].item() > config.grad_clip, scores))
         return done
@@ -199,7 +256,7 @@ class Watch:
         """Pass@1 where the outcome needs it; neither before nor after step 10."""
         self.validations += 1
         wanted = (self.validations - 1) * config.eval_every in OUTCOME
-        return self.real_validate(model, tokenizer, problems, config) if wanted else math.nan
+        return self.real["validate"](model, tokenizer, problems, config) if wanted else math.nan
 
     def row(self):
         """What a step's updates were like, and the memory of them is cleared."""
@@ -225,13 +282,10 @@ def execute(run, until=math.inf):
     if time.time() > until:
         return None
     torch.set_num_threads(1)
-    began, watch, watched = time.time(), Watch(real.make_optimizer), []
-    settings = BUDGET | settings
+    began, watched, settings = time.time(), [], BUDGET | settings
     label = flipping(settings.pop("flip"), seed) if "flip" in settings else real.label_group
+    watch = Watch(settings.pop("epochs", 1), settings.pop("age", 0))
     log = real.Run.log
-    stand_ins = {"update": watch.update, "validate": watch.validate,
-                 "make_optimizer": watch.make_optimizer}
-    originals = {name: getattr(real, name) for name in stand_ins}
     methods = {"finish": lambda self: None, "save": lambda self, *args: None,
                "log": lambda self, *args: (log(self, *args), watched.append(watch.row()))}
     own = {name: getattr(real.Run, name) for name in methods}
@@ -241,18 +295,14 @@ def execute(run, until=math.inf):
             other_problems(Path(settings["eval_dataset"]))
         config = real.Config(**settings, seed=seed, output_dir=str(Path(folder) / "run"))
         try:
-            for name in stand_ins:
-                setattr(real, name, stand_ins[name])
             for name in methods:
                 setattr(real.Run, name, methods[name])
-            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            with watch, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                 real.train(config, label)
         finally:
-            for name in originals:
-                setattr(real, name, originals[name])
             for name in own:
                 setattr(real.Run, name, own[name])
-        rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+        rows = [json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").open()]
     return [row | more for row, more in zip(rows, watched)], round(time.time() - began)
 
 
@@ -338,8 +388,8 @@ def families():
         for which in ("all", "mixed")]
     wanted["REAL and its frozen credit, 16 updates a step"] = [
         (main, "REAL", frozen, "frozen credit")] + [
-        (frozen, arm, frozen, "frozen credit") for arm in TAUS] + [
-        (frozen, "REAL, one label in five flipped", frozen, "frozen, one label in five flipped")]
+        (frozen, arm, frozen, "frozen credit") for arm in (*TAUS, "REAL, tau 0.025")] + [
+        (frozen, f"REAL, {name}", frozen, f"frozen, {name}") for name in REGIMES]
     return {title: {f"{x} minus {y}": [i - j for i, j in zip(a[x], b[y])]
                     for a, x, b, y in pairs if x != y and x in a and y in b}
             for title, pairs in wanted.items()}
