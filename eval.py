@@ -1,7 +1,7 @@
 """Score models on maths benchmarks by the paper's protocol: Pass@1 over 16 samples of each problem.
 
     python eval.py                                      # the embedded model, its held-out problems
-    python eval.py --model tiny runs/tiny-real-seed0/checkpoint-000080
+    python eval.py --model tiny runs/real/model
     python eval.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --benchmarks all
 
 Prompts, sampling and checker are real.py's. Completions are written to --output_dir as soon as

@@ -20,7 +20,7 @@ Where the paper is in this file          Shapes
     Algorithm 1  train, by "line N"      Differences from the paper: README.
 """
 
-import inspect, json, math, os, random, re, shlex, shutil, signal, sys, time, traceback, zlib
+import inspect, json, math, os, random, re, shlex, signal, sys, time, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
@@ -69,7 +69,7 @@ class Config:
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
-    as_printed: bool = arg(False, "REAL as printed, Eq. 8, 11: uniform groups count, BCE is a sum")
+    as_printed: bool = arg(False, "REAL as printed, Eq. 8: groups all right or all wrong count too")
     eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; if not given, their own")
     eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; if not given, their own")
     beta: float | None = arg(None, "beta of TRPA; if not given, its own")
@@ -95,8 +95,7 @@ class Config:
     eval_limit: int = arg(256, "validation problems used")
     seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone")
     save_every: int = arg(50, "steps between checkpoints")
-    keep: int = arg(2, "checkpoints kept; only the newest can be resumed exactly")
-    output_dir: str | None = arg(None, "the run's own folder; default runs/MODEL-OBJECTIVE-seedN")
+    output_dir: str = arg("runs/real", "the run's own folder")
     resume: bool = arg(False, "go on with the run found in output_dir")
 
     def __post_init__(self):
@@ -106,26 +105,14 @@ class Config:
             low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, 1e12))
             refuse_if(type(value) in (int, float) and not low <= value < high,
                       f"--{f.name} {value} is outside [{low:g}, {high:g})")
-            refuse_if(value != f.default and f.name in LOSS - arguments(self.objective).keys(),
-                      f"--{f.name} is not a setting of --objective {self.objective}")
         refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
-
-    @property
-    def folder(self):
-        name = f"{Path(self.model).name}-{self.objective}-seed{self.seed}"
-        return Path(self.output_dir or f"runs/{name}")
 
 RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, 1e12)) | {
     "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
-LOSS = {"tau", "as_printed", "eps_low", "eps_high", "beta"}  # each belongs to some objectives
-
-def arguments(objective):
-    """Names of an objective's arguments: fields of Config, keys of the batch, or by default."""
-    return inspect.signature(OBJECTIVES[objective]).parameters
 
 # ==== Objectives ==================================================================================
 # EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
-# never sees a model. Name it in OBJECTIVES. A setting is a field of Config of that name, in LOSS.
+# never sees a model. Name it in OBJECTIVES. A setting of its own is a field of Config of that name.
 
 ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
 
@@ -162,15 +149,13 @@ def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True
         loss = softmax_ce(z_p, z_n)
     return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
 
-def real_bce(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False):
-    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself. As released: the
-    mean over the rollouts of mixed groups."""
+def real_bce(logp, old_logp, mask, labels, *, tau=0.5):
+    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself. As in the released
+    code, the mean over the rollouts of mixed groups instead of the sum."""
     z = s_bar(logp, old_logp, mask) / tau
-    loss = F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), reduction="none")
-    if as_printed:
-        return loss.sum(-1).mean()
-    mixed = is_mixed(labels)[:, None].expand_as(loss)
-    return torch.where(mixed, loss, 0.0).sum() / mixed.sum().clamp(min=1)
+    mixed = is_mixed(labels)[:, None].expand_as(z)
+    loss = F.binary_cross_entropy_with_logits(z, labels.to(z), mixed.to(z), reduction="sum")
+    return loss / mixed.sum().clamp(min=1)
 
 def clipped(s, labels, eps_low, eps_high):
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) of each token (Q, G, T); rho = e^s, and
@@ -224,6 +209,10 @@ def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
 OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
     "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
 
+def arguments(objective):
+    """Names of an objective's arguments: keys of the batch, fields of Config, or by default."""
+    return inspect.signature(OBJECTIVES[objective]).parameters
+
 def credit(logp, batch, config):
     """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
     "make it likelier". Q |o| times its size is |W| of Eq. 9 with Eq. 10 for REAL, a share below 1
@@ -240,10 +229,10 @@ def credit(logp, batch, config):
 
 # ==== Log-probabilities ===========================================================================
 def micro_batches(batch, rows, config):
-    """Split rollouts, counted 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
+    """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
-    longest, parts = batch["lengths"].amax(-1, keepdim=True), []
-    longest = longest.expand_as(batch["lengths"]).flatten().tolist()  # of the rollout's group
+    G, parts = batch["lengths"].shape[1], []
+    longest = batch["lengths"].amax(-1).repeat_interleave(G).tolist()  # of the rollout's group
     for row in sorted(rows, key=lambda row: (longest[row], row)):
         if not parts or (len(parts[-1]) + 1) * longest[row] > config.micro_batch_tokens:
             parts.append([])
@@ -419,14 +408,15 @@ def train(config, label=label_group):
     Validation asks `label_group` in any case. SystemExit after Ctrl-C, the step at work saved."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
-        model, tokenizer = load_model(run.checkpoint or config.model)  # lines 1 and 2
+        model, tokenizer = load_model(config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
         held_out = []
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         check_model(model, tokenizer, problems + held_out, config)
+        run.start(model, problems)
         optimizer = make_optimizer(model.to(device), config)
-        run.start(model, optimizer, problems)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam")})
         reference, row = None, {}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
             reference = load_model(config.model, model.dtype)[0].to(device)
@@ -459,11 +449,11 @@ def train(config, label=label_group):
             row["seconds"] = time.time() - began
             run.log(step, row, batch)
             if last or run.signal or step % config.save_every == 0:
-                run.save(step, model, tokenizer, optimizer)
+                run.save(step, model, optimizer)
             if run.signal:
                 break
             row = {}
-        return run.finish()  # line 13
+        return run.finish(model, tokenizer)  # line 13
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
 class Slots:
@@ -667,12 +657,11 @@ def load_model(name, dtype=torch.float32):
 
 def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
-    longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-    limits = "max_position_embeddings original_max_position_embeddings sliding_window window_size"
     with reading(f"model {config.model} with its tokenizer"):
-        found = model.config.get_text_config().to_dict()
-        found |= found.get("rope_parameters") or {}
-        room = min(found.get(x) or longest for x in limits.split())
+        longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
+        settings = str(model.config.get_text_config().to_dict())
+        room = map(int, re.findall(r"(?:position\w*|sliding_window|window_size)': (\d+)", settings))
+        room = min(room, default=longest)
         refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
         # long and short side by side, and two more in the slots that they leave
@@ -713,7 +702,7 @@ def read_column(row, column):
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
-    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], 0
+    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], []
     for number, row in enumerate(rows, 1):
         text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
         golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
@@ -722,69 +711,49 @@ def load_problems(tokenizer, config, path, split, least=1):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
-            if text.strip() not in prompt:
-                raise ValueError("the chat template drops the question")
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
         if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
-            skipped = skipped or number
+            skipped.append(number)
     found = f"{path}: {len(problems)} usable rows of {len(rows)}"
+    names = sorted({name for row in rows if isinstance(row, dict) for name in row})
+    refuse_if(len(problems) < least, f"{found}, {least} are needed: set --problem_column and "
+              f"--answer_column, of {', '.join(names)}")
     if skipped:
-        tqdm.write(f"{found}; row {skipped} lacks problem or answer or is over --max_prompt_tokens")
-    names = {name for row in rows if isinstance(row, dict) for name in row}
-    unknown = {re.split(r"[.[]", c)[0] for c in config.problem_column.split("+")} - names
-    refuse_if(unknown or len(problems) < least, f"{found}, {least} are needed; set "
-              f"--answer_column, --problem_column of {', '.join(sorted(names))}")
+        tqdm.write(f"{found}; row {skipped[0]} lacks problem or answer, or its prompt is too long")
     return problems
 
 # ==== The run's folder ============================================================================
 LOGS = "metrics.jsonl", "samples.jsonl"
-DELETE = "delete it to go on from the one before"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
 
-def read_run(folder):
-    """The checkpoints of a run, oldest first, and the settings that the newest was saved with."""
-    files, settings = sorted(folder.glob("checkpoint-" + "[0-9]" * 6 + "/run.json")), {}
-    if files:
-        with reading(f"{files[-1]} ({files[-1].parent}: {DELETE})"):
-            settings = dict(json.loads(files[-1].read_text()))
-    return [file.parent for file in files], settings
+def read_checkpoint(folder):
+    """What Run.save has written."""
+    with reading(file := Path(folder, "checkpoint.pt")):
+        saved = torch.load(file, "cpu", weights_only=True)
+        return {key: saved[key] for key in ("step", "settings", "logs", "model", "adam")}
 
 class Run(ExitStack):
-    """A run's folder: metrics.jsonl, samples.jsonl, metrics.png, and checkpoint-NNNNNN with all it
-    takes to go on. Nothing else is touched. An ExitStack undoes in the end what __enter__ did."""
+    """A run's folder: metrics.jsonl, samples.jsonl, checkpoint.pt with all it takes to go on, and
+    in the end metrics.png and model/. Nothing else is touched."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.path, self.signal = config, config.folder, 0
+        self.config, self.path, self.signal = config, Path(config.output_dir), 0
         self.path.mkdir(parents=True, exist_ok=True)
-        found, self.old = read_run(self.path)
-        self.checkpoint, self.done = (found[-1], int(found[-1].name[-6:])) if found else (None, 0)
-        refuse_if({*os.listdir(self.path)} - {".lock"} and not self.done,
-                  f"{self.path} holds files, but no checkpoint of a run: name another folder")
-        refuse_if(self.done and not config.resume, f"{self.path} holds a run: --resume goes on")
-        refuse_if(config.resume and not self.done, f"{self.path} holds no run to resume")
-        refuse_if(self.done >= config.steps, f"{self.path} has done {self.done} --steps: set more")
-        for x in self.path.glob("checkpoint-" + "[0-9]" * 6):
-            refuse_if(self.done < int(x.name[-6:]) <= config.steps, f"{x} is in the way: move it")
-        refuse_if((self.path / ".checkpoint").is_symlink(), f"{self.path}/.checkpoint is a link")
-        refuse_if(re.search("[\ud800-\udfff]", str(self.path)), "--output_dir is no text in UTF-8")
-
-    def __enter__(self):
+        refuse_if(not config.resume and {*os.listdir(self.path)} - {".lock"},
+                  f"{self.path} is not empty: --resume goes on with a run, else --output_dir NEW")
+        self.saved = read_checkpoint(self.path) if config.resume else {"step": 0, "adam": {}}
+        self.done = self.saved["step"]
+        refuse_if(self.done > config.steps, f"{self.path} has done {self.done} --steps already")
         with reading(f"{self.path}, in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
-        self.callback(shutil.rmtree, self.path / ".checkpoint", ignore_errors=True)
-        self.push(self.advise)
+        self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
-        return self
-
-    def advise(self, kind, error, trace):
-        if self.done and isinstance(error, UserError) and f"{self.checkpoint}" in str(error):
-            error.args = (f"{error} ({DELETE})",)
 
     def stop(self, number, frame):
         self.signal = number
@@ -793,71 +762,57 @@ class Run(ExitStack):
         print("\nStopping after this step. Go on with: cd {} && {} {} --resume --output_dir {}"
               .format(*map(shlex.quote, here)), file=sys.stderr)
 
-    def start(self, model, optimizer, problems):
-        """Read the last input, AdamW's state and the logs; from here on the folder is written."""
-        known = json.dumps([[p["problem"], p["answer"]] for p in problems])  # no date of a template
-        self.settings = asdict(self.config) | {"problems": zlib.crc32(known.encode())}
-        for key in self.old.keys() & {"model", "problems"}:
-            refuse_if(self.old[key] != self.settings[key], f"{self.path} began with other {key}")
-        with reading(self.checkpoint):
-            if self.done and (self.checkpoint / "trainer.pt").is_file():
-                state = torch.load(self.checkpoint / "trainer.pt", "cpu", weights_only=True)
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-                for w, adam in optimizer.state.items():
-                    if not w.shape == adam["exp_avg"].shape == adam["exp_avg_sq"].shape:
-                        raise ValueError("a weight has another shape")
-            for name in LOGS * bool(self.done):
-                shutil.copy(self.checkpoint / name, self.path)
-        n, adam = model.num_parameters(), "as saved" if optimizer.state else "afresh"
-        tqdm.write(f"{n:,} parameters on {model.device}, {len(problems):,} problems, AdamW {adam}; "
-                   f"checkpoints in {self.path}: {n * 4e-9:.2g} GB, the newest {n * 12e-9:.2g}")
+    def start(self, model, problems):
+        """Take over weights and logs of the checkpoint; only from here on the folder is written."""
+        known = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
+        self.settings = asdict(self.config) | {"problems": known}
+        if self.done:
+            with reading(self.path / "checkpoint.pt"):
+                refuse_if(self.saved["settings"]["problems"] != known,
+                          f"{self.path} began with other problems: name them by --dataset")
+                model.load_state_dict(self.saved.pop("model"))
+                for name in LOGS:
+                    (self.path / name).write_text(self.saved["logs"][name])
+        n = model.num_parameters()
+        tqdm.write(f"{n:,} parameters, {len(problems):,} problems; {self.path} grows to "
+                   f"{n * 28e-9:.2g} GB")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
         row = {"step": step} | {k: float(v) for k, v in row.items()}
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}  # JSON has no NaN
         p, texts, labels = (batch[k][0] for k in ("problems", "texts", "labels"))
-        sample = {"step": step, "problem": p["problem"], "answer": p["answer"], "texts": texts,
-                  "labels": labels.int().tolist()}
+        sample = {"step": step} | p | {"texts": texts, "labels": labels.int().tolist()}
         for name, line in zip(LOGS, (finite, sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if step % 20 == 1:
-            end = time.ctime(time.time() + (self.config.steps - step) * row["seconds"])
-            tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}; "
-                       f"the run would end {end}\nstep {' '.join(SHOWN)}")
-        note = " no mixed group: too hard, too easy or a wrong --answer_column" * (not row["mixed"])
-        note += " half is cut off: raise --max_new_tokens" * (row["cut_off"] >= 0.5)
+            tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}\n"
+                       f"step {' '.join(SHOWN)}")
         numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
-        tqdm.write(f"{step:4} {' '.join(numbers)}{note}")
-        refuse_if(row["skipped"] == self.config.mini_batches,
-                  f"no update of step {step} was finite: --resume with a lower --lr")
+        notes = {" no mixed group: too hard, too easy or a wrong --answer_column": not row["mixed"],
+                 " half is cut off: raise --max_new_tokens": row["cut_off"] >= 0.5,
+                 " updates were not finite: lower --lr": row["skipped"]}
+        tqdm.write(f"{step:4} {' '.join(numbers)}{''.join(k for k, v in notes.items() if v)}")
 
-    def save(self, step, model, tokenizer, optimizer):
-        """A checkpoint, whole or absent: a Hugging Face model, and all it takes to go on."""
-        aside = self.path / ".checkpoint"
+    def save(self, step, model, optimizer):
+        """checkpoint.pt: written aside, then in one move, so that it is whole or as it was."""
+        file, part = self.path / "checkpoint.pt", self.path / ".checkpoint.pt"
         fp32 = dict(zip(model.parameters(), optimizer.param_groups[0]["params"]))
         state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
-        with reading(f"{self.path} for {12e-9 * model.num_parameters():.2g} GB of step {step}"):
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside, state_dict=state)
-            tokenizer.save_pretrained(aside)
-            torch.save(optimizer.state_dict()["state"], aside / "trainer.pt")
-            (aside / "run.json").write_text(json.dumps(self.settings, indent=2))
-            for name in LOGS:
-                shutil.copy(self.path / name, aside)
+        with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB"):
+            torch.save({"step": step, "settings": self.settings, "model": state,
+                        "adam": optimizer.state_dict()["state"],
+                        "logs": {name: (self.path / name).read_text() for name in LOGS}}, part)
             getattr(os, "sync", int)()  # on the disk before it gets its name
-            aside.rename(self.path / f"checkpoint-{step:06d}")
-        own = [folder for folder in read_run(self.path)[0] if not folder.is_symlink()]
-        for folder in own[:-1]:
-            (folder / "trainer.pt").unlink(missing_ok=True)
-        for folder in own[: -self.config.keep]:
-            shutil.rmtree(folder.rename(aside))
+            part.replace(file)
 
-    def finish(self):
-        """Draw the log, or leave after a signal. Returns the log's last row."""
-        with reading(self.path / LOGS[0]):
-            rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
+    def finish(self, model, tokenizer):
+        """Write the model as other tools load it, and draw the log. Returns the log's last row."""
+        with reading(self.path / "model"):
+            model.save_pretrained(self.path / "model")
+            tokenizer.save_pretrained(self.path / "model")
+        rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
         if rows[-1]["step"] < self.config.steps:  # a signal
             raise SystemExit(128 + self.signal)
         with suppress(ImportError):  # the picture needs matplotlib
@@ -892,19 +847,19 @@ PRESETS = {  # what each of them takes, and what to expect: README
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset's."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset or "tiny"])
     args = parser.parse_args(argv)
-    refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
-              f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
-    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every and not args.resume,
-              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
+    parser.set_defaults(**PRESETS[args.preset or "tiny"])
     if args.resume:
-        saved = read_run(Config.folder.fget(args))[1].items()  # args have the names of Config
-        argv = [f"--{k}={v}" for k, v in saved if k in args and v is not None] + argv
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        parser.set_defaults(**read_checkpoint(args.output_dir)["settings"])
+    known = args.resume or args.preset
+    args = parser.parse_args(argv)
+    refuse_if({args.model, args.dataset} != {TINY} and not known,
+              f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
+    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every,
+              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
+    return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 @contextmanager
 def one_line_errors():
@@ -922,19 +877,14 @@ def one_line_errors():
         error = str(e)
         if isinstance(e, BrokenPipeError):  # `| head`: silent, as an exit would flush once more
             os._exit(2)
-        if not isinstance(e, (UserError, OSError)):  # OSError: a full disk, a closed pipe
-            if not isinstance(e, MemoryError) and "allocate" not in error:  # CUDA says so
-                raise
-            sampling = "in sample\n" in traceback.format_exc()
-            flag = "--slots" if sampling else "--micro_batch_tokens, or set --low_memory true"
-            error = f"out of memory: lower {flag}"
+        if isinstance(e, MemoryError) or "allocate" in error:  # as torch says
+            error = ("out of memory: if it was sampling lower --slots, if updating "
+                     "--micro_batch_tokens, or set --low_memory true")
+        elif not isinstance(e, (UserError, OSError)):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {repr(error)[1:-1]}", file=sys.stderr)
         sys.exit(2)
 
-def main(argv=None):
-    """Train as the command line says."""
-    with one_line_errors():
-        return train(parse(argv))
-
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        train(parse())

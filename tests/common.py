@@ -33,6 +33,12 @@ def train(folder, *flags):
     return real.train(real.parse([*QUICK, "--output_dir", str(folder), *map(str, flags)]))
 
 
+def main(*flags):
+    """The command line in this process: bad input is one line and SystemExit."""
+    with real.one_line_errors():
+        return real.train(real.parse([*map(str, flags)]))
+
+
 def metrics(folder):
     """The log without the only number that no seed decides."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import real
-from common import QUICK, one_line
+from common import QUICK, main, one_line
 from real import Config, UserError
 
 TOKENIZER = real.AutoTokenizer.from_pretrained(real.TINY)
@@ -242,7 +242,7 @@ def test_a_column_that_does_not_exist_prints_no_control_characters(tmp_path, cap
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"\x1b[2Jquestion": "1+1", "a\nb": "2"}))
     with pytest.raises(SystemExit):
-        real.main([*QUICK, "--dataset", str(file), "--output_dir", str(tmp_path / "run")])
+        main(*QUICK, "--dataset", file, "--output_dir", tmp_path / "run")
     said = capsys.readouterr().err.splitlines()[-1]
     assert one_line(said) and "question" in said and "a\\nb" in said
 
@@ -308,19 +308,13 @@ def test_any_output_encoding_works_and_no_control_character_reaches_it(encoding,
     (tmp_path / "dâta.jsonl").write_text(4 * (json.dumps(HOSTILE) + "\n"))
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    real.main([*QUICK, "--dataset", str(tmp_path / "dâta.jsonl"), "--steps",
-               "1", "--output_dir", str(tmp_path / "rün")])
+    main(*QUICK, "--dataset", tmp_path / "dâta.jsonl", "--steps", 1,
+         "--output_dir", tmp_path / "rün")
     out.flush()
     said = out.buffer.getvalue().decode(encoding)
     assert "1+1" in said and not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", said)
     sample = json.loads((tmp_path / "rün" / "samples.jsonl").read_text())
     assert sample["problem"] == HOSTILE["problem"]
-
-
-def test_a_template_that_drops_the_question_is_refused(tmp_path):
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = "hello"
-    assert "drops the question" in refused([GOOD], tmp_path, tokenizer=tokenizer)
 
 
 def test_a_parquet_file_is_read_as_it_is_now(tmp_path):

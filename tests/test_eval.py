@@ -321,7 +321,7 @@ def test_the_columns_of_every_benchmark_load(name, tmp_path, monkeypatch):
     (["--samples", "0"], "--samples"), (["--top_p", "0"], "--top_p"), (["--limit", "0"], "--limit"),
     (["--temperature", "nan"], "--temperature"), (["--slots", "0"], "--slots"),
     (["--seed", "-1"], "--seed"), (["--max_new_tokens", "0"], "--max_new_tokens"),
-    (["--benchmarks", "FILE", "--answer_column", "gold"], "set --answer_column"),
+    (["--benchmarks", "FILE", "--answer_column", "gold"], "--answer_column"),
     (["--benchmarks", "EMPTY"], "EMPTY"), (["--model", "BERT"], "model "),
     (["--max_prompt_tokens", "3"], "usable rows"), (["--output_dir", "FILE"], "FILE"),
 ])

@@ -85,11 +85,10 @@ def test_a_pickle_in_a_model_never_runs(model, tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_pickle_in_trainer_pt_never_runs(tmp_path):
-    train(tmp_path / "run", "--steps", "1", "--save_every", "1")
-    torch.save({0: Evil(str(tmp_path / "marker"))},
-               tmp_path / "run" / "checkpoint-000001" / "trainer.pt")
-    with pytest.raises(UserError, match="checkpoint-000001") as e:
+def test_a_pickle_in_a_checkpoint_never_runs(tmp_path):
+    train(tmp_path / "run", "--steps", "1")
+    torch.save({"step": Evil(str(tmp_path / "marker"))}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt") as e:
         train(tmp_path / "run", "--resume")
     assert one_line(e.value) and not (tmp_path / "marker").exists()
 

@@ -68,11 +68,10 @@ def oracle_real_no_anchor(questions, tau=0.5):
     return total / len(questions)
 
 
-def oracle_real_bce(questions, tau=0.5, as_printed=False):
-    used = [group for group in questions if mixed(group) or as_printed]
+def oracle_real_bce(questions, tau=0.5):
     losses = [math.log(1 + math.exp((-1 if label else 1) * score(o) / tau))
-              for group in used for o, label in group]
-    return sum(losses) / (len(questions) if as_printed else len(losses))
+              for group in filter(mixed, questions) for o, label in group]
+    return sum(losses) / len(losses)
 
 
 def advantages(group):
@@ -167,7 +166,7 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("name, settings", [
     ("real", {"tau": 0.1}), ("real", {"as_printed": True}), ("real_bce", {"tau": 1.0}),
-    ("real_bce", {"as_printed": True}), ("real_no_anchor", {"tau": 0.2}),
+    ("real_no_anchor", {"tau": 0.2}),
     ("grpo", {"eps_low": 0.05}), ("grpo_bidirectional", {"eps_low": 0.4, "eps_high": 0.5}),
     ("dapo", {"eps_high": 0.05}), ("gspo", {"eps_low": 0.01, "eps_high": 0.3}),
     ("trpa", {"beta": 2.0})], ids=str)
@@ -187,14 +186,6 @@ def test_settings_of_the_command_line_reach_the_objective(name, settings):
         expected = ORACLES[name](lists(logp, batch), **short)
     assert found == pytest.approx(expected, rel=1e-12)
     assert found != pytest.approx(credit(logp, batch, Config(objective=name))[0].item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("name, field, value", [
-    ("real", "eps_low", 0.1), ("real", "beta", 0.1), ("grpo", "tau", 0.1), ("grpo", "beta", 0.1),
-    ("dapo", "as_printed", True), ("trpa", "eps_high", 0.1), ("real_no_anchor", "beta", 1.0)])
-def test_a_setting_that_the_objective_does_not_take_is_refused(name, field, value):
-    with pytest.raises(UserError, match=f"--{field} is not a setting of --objective {name}"):
-        Config(objective=name, **{field: value})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -229,16 +220,13 @@ def test_an_objective_of_ones_own_needs_no_edit_of_credit(monkeypatch):
                            (Mine(objective="hinge", margin=1.5, bonus=1.0), 1.5)):
         push = credit(logp, batch, config)[1]
         assert torch.equal(push, factor * batch["lengths"][..., None] * batch["mask"])
-    with pytest.raises(UserError, match="--tau is not a setting"):
-        Mine(objective="hinge", tau=0.1)
     assert "hinge" in str(pytest.raises(UserError, Config, objective="nothing").value)
 
 
 def test_settings_may_be_whole_numbers():
     for field in fields(Config):
         if field.type in (float, float | None) and field.name not in ("beta2",):
-            name = {"eps_low": "grpo", "eps_high": "grpo", "beta": "trpa"}.get(field.name, "real")
-            Config(objective=name, **{field.name: 1})
+            Config(**{field.name: 1})
 
 
 # ---- Proposition 5.1 -----------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_what_a_run_prints_and_logs_is_what_the_readme_shows(tmp_path, capsys):
     section = section[: section.index("\n\n")]
     explained = {key for row in section.splitlines()[2:]
                  for key in re.findall(r"`([^`]+)`", row.split("|")[1])}
-    assert explained == set(json.loads((config.folder / "metrics.jsonl").read_text()))
+    assert explained == set(json.loads((Path(config.output_dir) / "metrics.jsonl").read_text()))
 
 
 def test_every_test_that_keeps_a_promise_exists():

@@ -141,16 +141,17 @@ def extrapolate(start, points, steps, target):
 def rank_one(config):
     """After the idea of RELEX (arXiv 2605.21468): train 20 steps, write the weights as theta_0 +
     c_t v (rank 1), fit a line to c_t at steps 5, 10, 15, 20 and jump to step 40."""
-    real.train(config)
-    folders = sorted(config.folder.glob("checkpoint-*"))
-    models = [real.load_model(f)[0] for f in (config.model, *folders)]
-    flat = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
     model, tokenizer = real.load_model(config.model)
-    weights = extrapolate(flat[0], torch.stack(flat[1:]), [int(f.name[11:]) for f in folders], 40)
+    models, steps = [model], [5, 10, 15, 20]
+    for step in steps:
+        real.train(dataclasses.replace(config, steps=step, resume=step > 5))
+        models.append(real.load_model(Path(config.output_dir) / "model")[0])
+    flat = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
+    weights = extrapolate(flat[0], torch.stack(flat[1:]), steps, 40)
     torch.nn.utils.vector_to_parameters(weights, model.parameters())
     held_out = real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
     score = real.validate(model, tokenizer, held_out[: config.eval_limit], config)
-    with (config.folder / "metrics.jsonl").open("a") as f:
+    with (Path(config.output_dir) / "metrics.jsonl").open("a") as f:
         f.write(json.dumps({"step": 40, "pass@1": score}) + "\n")
 
 
@@ -300,7 +301,7 @@ def dars(config):
 
     with mock.patch.object(real, "rollouts", rollouts):
         real.train(config, label=by_checker)
-    log = config.folder / "metrics.jsonl"
+    log = Path(config.output_dir) / "metrics.jsonl"
     rows = [json.loads(row) | {"rollouts": n} for row, n in zip(log.open(), drawn, strict=True)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -326,7 +327,7 @@ RUNS = {  # name: what trains, its settings
     "one example": (one_example, {}),
     "noisy verifier": (noisy_verifier, {}),
     "noisy verifier, corrected": (noisy_verifier, {"objective": "real_denoised"}),
-    "rank-one extrapolation": (rank_one, {"steps": 20, "save_every": 5, "keep": 4}),
+    "rank-one extrapolation": (rank_one, {"steps": 20}),
     "hybrid ratios": (real.train, {"objective": "dhpo"}),
     "end token lost (exercise 5)": (real.train, {"objective": "end_token_lost"}),
     "GRPO": (real.train, {"objective": "grpo", "kl_ref": 0.001}),
@@ -347,9 +348,9 @@ def run(name, seed):
     with tempfile.TemporaryDirectory() as folder:
         config = real.Config(seed=seed, output_dir=folder, **BUDGET | settings)
         train(config)
-        rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+        rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
         if name in LEASH:
-            newest = max(config.folder.glob("checkpoint-*"))
+            newest = Path(config.output_dir) / "model"
             asked = {("before", 0): config.model, (name, seed): newest}
             known = {(log["arm"], log["seed"]) for log in runlog.read("leash")}
             for (arm, number), model in asked.items():

@@ -59,7 +59,7 @@ def child(arm, seed, folder, seconds):
 
         real.update = shuffled if arm == "random labels" else update
         real.train(config)
-        rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").open()]
+        rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     keys = [key for key in KEYS if any(key in row for row in rows)]
     runlog.append("five_seeds", rows, keys, arm=arm, seed=seed, config={},

@@ -286,7 +286,7 @@ def execute(run, until=math.inf):
     label = flipping(settings.pop("flip"), seed) if "flip" in settings else real.label_group
     watch = Watch(settings.pop("epochs", 1), settings.pop("age", 0))
     log = real.Run.log
-    methods = {"finish": lambda self: None, "save": lambda self, *args: None,
+    methods = {"finish": lambda self, *args: None, "save": lambda self, *args: None,
                "log": lambda self, *args: (log(self, *args), watched.append(watch.row()))}
     own = {name: getattr(real.Run, name) for name in methods}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:

@@ -39,7 +39,7 @@ def run(engine, seed):
         began, where = time.time(), ["--seed", str(seed), "--output_dir", f"{folder}/run"]
         subprocess.run([sys.executable, *COMMANDS[engine].split(), *where], cwd=ROOT, check=True)
         seconds = time.time() - began
-        model, tokenizer = real.load_model(max(Path(folder).glob("run/checkpoint-*")))
+        model, tokenizer = real.load_model(Path(folder) / "run" / "model")
         config = real.Config(seed=seed)
         problems = real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         score = round(real.validate(model, tokenizer, problems, config), 4)
