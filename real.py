@@ -414,8 +414,8 @@ def train(config, label=label_group):
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         check_model(model, tokenizer, problems + held_out, config)
-        run.start(model, problems)
-        optimizer = make_optimizer(model.to(device), config)
+        run.start(model.to(device), problems)
+        optimizer = make_optimizer(model, config)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam")})
         reference, row = None, {}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
@@ -660,8 +660,8 @@ def check_model(model, tokenizer, problems, config):
     with reading(f"model {config.model} with its tokenizer"):
         longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
         settings = str(model.config.get_text_config().to_dict())
-        room = map(int, re.findall(r"(?:position\w*|sliding_window|window_size)': (\d+)", settings))
-        room = min(room, default=longest)
+        limits = re.findall(r"(?:position\w*|sliding_window|window_size)': (\d+)", settings)
+        room = min(map(int, limits), default=longest)
         refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
         # long and short side by side, and two more in the slots that they leave
@@ -702,7 +702,7 @@ def read_column(row, column):
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
-    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], []
+    rows, problems, skipped = load_rows(path, config.dataset_config, split), [], 0
     for number, row in enumerate(rows, 1):
         text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
         golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
@@ -716,13 +716,14 @@ def load_problems(tokenizer, config, path, split, least=1):
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
-            skipped.append(number)
+            skipped = skipped or number
     found = f"{path}: {len(problems)} usable rows of {len(rows)}"
-    names = sorted({name for row in rows if isinstance(row, dict) for name in row})
-    refuse_if(len(problems) < least, f"{found}, {least} are needed: set --problem_column and "
-              f"--answer_column, of {', '.join(names)}")
     if skipped:
-        tqdm.write(f"{found}; row {skipped[0]} lacks problem or answer, or its prompt is too long")
+        found += f"; row {skipped} lacks problem or answer or is over --max_prompt_tokens"
+    names = ", ".join(sorted({name for row in rows if isinstance(row, dict) for name in row}))
+    refuse_if(len(problems) < least,
+              f"{found}; {least} are needed: set --answer_column, --problem_column of {names}")
+    tqdm.write(found)
     return problems
 
 # ==== The run's folder ============================================================================
@@ -758,9 +759,9 @@ class Run(ExitStack):
     def stop(self, number, frame):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
-        here = os.getcwd(), sys.executable, __file__, str(self.path)
-        print("\nStopping after this step. Go on with: cd {} && {} {} --resume --output_dir {}"
-              .format(*map(shlex.quote, here)), file=sys.stderr)
+        again = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
+        print(f"\nStopping after this step. Go on with: cd {shlex.quote(os.getcwd())} && {again}",
+              file=sys.stderr)
 
     def start(self, model, problems):
         """Take over weights and logs of the checkpoint; only from here on the folder is written."""
@@ -774,8 +775,7 @@ class Run(ExitStack):
                 for name in LOGS:
                     (self.path / name).write_text(self.saved["logs"][name])
         n = model.num_parameters()
-        tqdm.write(f"{n:,} parameters, {len(problems):,} problems; {self.path} grows to "
-                   f"{n * 28e-9:.2g} GB")
+        tqdm.write(f"{n:,} parameters on {model.device}; {self.path} grows to {n * 28e-9:.2g} GB")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""

@@ -221,19 +221,10 @@ def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
     assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
 
 
-@pytest.mark.parametrize("column", ["hint+question", "question+hint", "hint[0].x+question"])
-def test_a_joined_column_that_no_row_has_is_refused(column, tmp_path):
-    """Some rows may lack it, or have it empty; that all do is a slip of the pen."""
-    rows = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
-    assert "of answer, question" in refused(rows, tmp_path, problem_column=column)
-    rows[1]["hint"] = None
-    assert len(load(rows, tmp_path, problem_column=column)) == 2
-
-
 def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypatch):
     (tmp_path / "data.jsonl").write_text(3 * (json.dumps(GOOD) + "\n"))
     monkeypatch.setattr(real, "sample", None)
-    with pytest.raises(UserError, match="3 usable rows of 3, 4 are needed"):
+    with pytest.raises(UserError, match="3 usable rows of 3; 4 are needed"):
         real.train(Config(dataset=str(tmp_path / "data.jsonl"), prompts=4, eval_every=0,
                           output_dir=str(tmp_path / "run")))
 
