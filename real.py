@@ -17,8 +17,7 @@ Where the paper is in this file          Shapes
     Eq. 6, 7, 8  real
     Eq. 9, 10    credit, for real        Three places to edit, marked EDIT: the objectives,
     Eq. 11       real_bce                the labels, how answers are sampled.
-    Algorithm 1  train, by "line N"      Differences from the paper: README.
-"""
+    Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
 import inspect, json, math, os, random, re, shlex, signal, sys, time, zlib
 from contextlib import ExitStack, contextmanager, suppress
@@ -58,7 +57,6 @@ def arg(default, help):
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; the command line is made from it. Defaults: the embedded model."""
-
     model: str = arg(TINY, "Hugging Face model id or folder")
     dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv .parquet file")
     dataset_config: str | None = arg(None, "configuration of a hub data set that has several")
@@ -69,12 +67,12 @@ class Config:
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
-    as_printed: bool = arg(False, "REAL as printed, Eq. 8: groups all right or all wrong count too")
-    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; if not given, their own")
-    eps_high: float | None = arg(None, "upper clip of GRPO, DAPO, GSPO; if not given, their own")
-    beta: float | None = arg(None, "beta of TRPA; if not given, its own")
+    as_printed: bool = arg(False, "Eq. 8 as printed: groups all right or all wrong count too")
+    eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; not given: their own")
+    eps_high: float | None = arg(None, "upper clip, likewise")
+    beta: float | None = arg(None, "of TRPA; not given: its own")
     kl_ref: float = arg(0.0, "weight of a KL to the starting model, any objective, Sec. 5.3")
-    kl_old: float = arg(0.0, "weight of a KL to the old policy, any objective, Sec. 5.3")
+    kl_old: float = arg(0.0, "weight of a KL to the old policy, likewise")
     prompts: int = arg(16, "questions a step, Q; paper: 128")
     group_size: int = arg(8, "rollouts a question, G, Sec. 5.1")
     mini_batches: int = arg(4, "updates a step, on prompts / mini_batches groups each, Sec. 5.1")
@@ -82,7 +80,7 @@ class Config:
     lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
     warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
     weight_decay: float = arg(0.01, "of AdamW, Sec. 5.1")
-    beta2: float = arg(0.95, "AdamW's decay of the second moment; released code: 0.999")
+    beta2: float = arg(0.95, "of AdamW; released code: 0.999")
     grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
     temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
     max_prompt_tokens: int = arg(1024, "longer prompts are skipped, released code")
@@ -100,21 +98,18 @@ class Config:
 
     def __post_init__(self):
         refuse_if(self.objective not in OBJECTIVES, f"--objective: one of {', '.join(OBJECTIVES)}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            low, high = RANGE.get(f.name, (1 if f.type is int else 1e-12, 1e12))
-            refuse_if(type(value) in (int, float) and not low <= value < high,
-                      f"--{f.name} {value} is outside [{low:g}, {high:g})")
+        for name, value in vars(self).items():
+            if type(value) in (int, float):
+                low, high = RANGE.get(name, (1 if type(value) is int else 1e-12, 1e12))
+                refuse_if(not low <= value < high, f"--{name} {value}: not in [{low:g}, {high:g})")
         refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
 
-RANGE = dict.fromkeys("kl_ref kl_old warmup weight_decay eval_every".split(), (0, 1e12)) | {
-    "seed": (0, 2**32), "steps": (1, 10**6), "group_size": (2, 1025), "beta2": (0, 1)}  # others > 0
+RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
+    "kl_ref kl_old warmup weight_decay eval_every seed".split(), (0, 1e12))  # the others: above 0
 
 # ==== Objectives ==================================================================================
-# EDIT: write a pure function (logp, old_logp, mask, labels, *, its own settings) -> scalar loss; it
-# never sees a model. Name it in OBJECTIVES. A setting of its own is a field of Config of that name.
-
-ABSENT = 1e30  # stands in for infinity: e^-ABSENT is 0, and unlike -inf it leaves no NaN behind
+# EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
+# Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
 
 def log_ratio(logp, old_logp, mask):
     """s_t = log [pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)], Eq. 4: (Q, G, T)."""
@@ -134,15 +129,14 @@ def softmax_ce(z_p, z_n):
 
 def is_mixed(labels):
     """(Q,) True where a group holds both right and wrong rollouts."""
-    return labels.bool().any(-1) & ~labels.bool().all(-1)
+    return labels.any(-1) & ~labels.all(-1)
 
 def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True):
     """REAL, Eq. 8: mean over questions of L_+ (Eq. 6) plus L_- (Eq. 7). Without anchor: Eq. 2.
     A group that is all right or all wrong counts as 0, as in the released code."""
-    positive = labels.bool()
     z = s_bar(logp, old_logp, mask) / tau
-    z_p = z.masked_fill(~positive, ABSENT)  # S_+: the other rollouts enter as e^-z_p = 0
-    z_n = z.masked_fill(positive, -ABSENT)  # S_-: likewise e^z_n = 0
+    z_p = z.masked_fill(labels == 0, 1e30)  # S_+: the wrong rollouts enter as e^-z_p = 0
+    z_n = z.masked_fill(labels == 1, -1e30)  # S_-: the right ones as e^z_n = 0; -inf would give NaN
     zero = torch.zeros_like(z[:, :1])  # S_0 = {0}: the score of a policy that did not move
     loss = softmax_ce(z_p, zero) + softmax_ce(zero, z_n)  # L_+ of Eq. 6 and L_- of Eq. 7
     if not anchor:
@@ -152,15 +146,15 @@ def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True
 def real_bce(logp, old_logp, mask, labels, *, tau=0.5):
     """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself. As in the released
     code, the mean over the rollouts of mixed groups instead of the sum."""
-    z = s_bar(logp, old_logp, mask) / tau
-    mixed = is_mixed(labels)[:, None].expand_as(z)
-    loss = F.binary_cross_entropy_with_logits(z, labels.to(z), mixed.to(z), reduction="sum")
-    return loss / mixed.sum().clamp(min=1)
+    mixed = is_mixed(labels)
+    z = s_bar(logp, old_logp, mask)[mixed] / tau
+    loss = F.binary_cross_entropy_with_logits(z, labels[mixed].to(z), reduction="sum")
+    return loss / max(1, z.numel())
 
 def clipped(s, labels, eps_low, eps_high):
     """-min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) of each token (Q, G, T); rho = e^s, and
     the advantage A = (r - mean) / std of a group, unbiased std (Sec. 2.1)."""
-    r = labels.to(s.dtype)[..., None]  # (Q, G, 1)
+    r = labels.to(s)[..., None]  # (Q, G, 1)
     advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6)
     rho = s.clamp(-20, 20).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
@@ -181,8 +175,7 @@ def grpo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.2, drop=False)
     s = log_ratio(logp, old_logp, mask)
     loss = clipped(s, labels, eps_low, eps_high)
     if drop:
-        rho = s.detach().exp()
-        loss = torch.where((rho >= 1 - eps_low) & (rho <= 1 + eps_high), loss, 0.0)
+        loss = loss.masked_fill((s.exp() < 1 - eps_low) | (s.exp() > 1 + eps_high), 0.0)
     return token_mean(loss, mask).mean()
 
 def dapo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.28):
@@ -199,8 +192,8 @@ def gspo(logp, old_logp, mask, labels, *, eps_low=3e-4, eps_high=4e-4):
 def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
     """TRPA (arXiv 2504.04524): prefer each right rollout to each wrong one, measured against the
     starting model; plus a small KL to the old policy. Its constants: its public code."""
-    h = token_mean(log_ratio(logp, ref_logp, mask), mask)  # (Q, G)
-    pair = labels.bool()[:, :, None] & ~labels.bool()[:, None, :]  # (Q, G, G): right, wrong
+    h = s_bar(logp, ref_logp, mask)  # (Q, G)
+    pair = labels[:, :, None] > labels[:, None, :]  # (Q, G, G): the first right, the second wrong
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
     loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
     to_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum()
@@ -215,17 +208,16 @@ def arguments(objective):
 
 def credit(logp, batch, config):
     """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
-    "make it likelier". Q |o| times its size is |W| of Eq. 9 with Eq. 10 for REAL, a share below 1
-    over tau, and 1 / G of Eq. 3 for GRPO. All that tells methods apart is in here."""
-    with torch.enable_grad():
-        logp = logp.detach().requires_grad_()
-        given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
-        settings = {k: given[k] for k in arguments(config.objective) if given.get(k) is not None}
-        loss = OBJECTIVES[config.objective](**settings)
-        for coefficient, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
-            if coefficient:
-                loss = loss + coefficient * kl(logp, batch[other], batch["mask"])
-        return loss.detach(), torch.autograd.grad(loss, logp)[0]
+    "make it likelier". All that tells methods apart is in here. Q |o| times its size is |W| of
+    Eq. 9 with Eq. 10 for REAL, always below 1 / tau, and |W| / G of Eq. 3 for GRPO."""
+    logp = logp.detach().requires_grad_()
+    given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
+    settings = {k: given[k] for k in arguments(config.objective) if given.get(k) is not None}
+    loss = OBJECTIVES[config.objective](**settings)
+    for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
+        if weight:
+            loss = loss + weight * kl(logp, batch[other], batch["mask"])
+    return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
 def micro_batches(batch, rows, config):

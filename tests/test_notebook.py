@@ -58,7 +58,7 @@ def redefined(source):
     [
         "def grpo(): pass",
         "class Config: pass",
-        "tau = 1\nABSENT = 2",
+        "tau = 1\nTINY = 2",
         "real.credit = None",
         "for s_bar in (): pass",
         "from other import train",

@@ -73,7 +73,7 @@ def conspo(logp, old_logp, mask, labels, *, tau=0.5):
     its group; a score is the mean log-probability itself. Here: no margin (theirs grows by a
     schedule); tau and the mean over right rollouts are ours."""
     score = token_mean(logp, mask) / tau
-    wrong = score.masked_fill(labels.bool(), -real.ABSENT).logsumexp(1, keepdim=True)
+    wrong = score.masked_fill(labels.bool(), -1e30).logsumexp(1, keepdim=True)
     loss = torch.where(labels.bool(), F.softplus(wrong - score), 0.0).sum(1)
     loss = loss / labels.sum(1).clamp(min=1)
     return torch.where(real.is_mixed(labels), loss, 0.0).mean()
