@@ -82,7 +82,7 @@ UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the firs
 RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
 OUTCOME = (20, 30, 40)  # the steps whose Pass@1 is the outcome; the one at step 10 is not computed
-SEEDS, ATLAS_SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), range(5), 100, 1
+SEEDS, NEW_SEEDS, ATLAS_SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), range(10, 30), range(5), 100, 1
 BAND = 0.01
 SILENT = {"real", "grpo", "dapo", "gspo", "real_frozen", "real_sum", "real_sum_frozen",
           "real_kl_mixed", "grpo_kl_mixed"}
@@ -135,13 +135,13 @@ def main_runs(updates, arms):
     return seeds(f"main{updates}", updates, arms, partial(best_rate, updates))
 
 
-def regime(name):
+def regime(name, experiment="eq9", seeds_of_it=SEEDS):
     """REAL and REAL with frozen credit, in a setting of their own."""
     settings = dict(REGIMES[name])
     loss = "real_sum" if settings.pop("sum", False) else "real"
     arms = {f"{kind}, {name}": {"objective": loss + end} | settings
             for kind, end in (("REAL", ""), ("frozen", "_frozen"))}
-    return seeds("eq9", 16, arms, lambda _: best_rate(16, "REAL"))
+    return seeds(experiment, 16, arms, lambda _: best_rate(16, "REAL"), seeds_of_it)
 
 
 def in_atlas(objectives):
@@ -168,6 +168,7 @@ def plan():
     yield regime("8 epochs")
     yield seeds("eq9", 16, {"REAL, tau 0.025": {"objective": "real", "tau": 0.025}},
                 lambda _: best_rate(16, "REAL"))
+    yield regime("rollouts 4 steps old", "confirm", NEW_SEEDS)
     yield in_atlas(["real_bce", "real_no_anchor", "grpo_bidirectional", "gspo"])
 
 
@@ -397,6 +398,10 @@ def families():
         (main, "REAL", frozen, "frozen credit")] + [
         (frozen, arm, frozen, "frozen credit") for arm in (*TAUS, "REAL, tau 0.025")] + [
         (frozen, f"REAL, {name}", frozen, f"frozen, {name}") for name in REGIMES]
+    again = {arm: [outcome(rows) for rows in runs]
+             for arm, runs in complete("confirm", NEW_SEEDS).items()}
+    wanted["Rollouts 4 steps old, once more with twenty new seeds"] = [
+        (again, "REAL, rollouts 4 steps old", again, "frozen, rollouts 4 steps old")]
     return {title: {f"{x} minus {y}": [i - j for i, j in zip(a[x], b[y])]
                     for a, x, b, y in pairs if x != y and x in a and y in b}
             for title, pairs in wanted.items()}
@@ -435,13 +440,15 @@ def overview():
     """Print the outcome of all complete arms: mean and 95% interval over ten seeds."""
     print("| objective | updates a step | lr | Pass@1, mean of steps 20, 30, 40 | step 40 "
           "| updates taken | score / tau: median, upper decile |\n|---|---|---|---|---|---|---|")
-    for experiment, updates in (("main16", 16), ("kl", 16), ("eq9", 16), ("main4", 4)):
+    for experiment, updates in (("main16", 16), ("kl", 16), ("eq9", 16), ("confirm", 16),
+                                ("main4", 4)):
         lr = rates(experiment)
-        for arm, runs in complete(experiment).items():
+        new = experiment == "confirm"
+        for arm, runs in complete(experiment, NEW_SEEDS if new else SEEDS).items():
             cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in (
                 [outcome(rows) for rows in runs], [rows[-1]["pass@1"] for rows in runs])]
             count = statistics.mean(len(taken(rows)) for rows in runs)
-            print(f"| {arm} | {updates} | {lr[arm]:g} | {' | '.join(cells)} | {count:.0f} "
+            print(f"| {arm}{', new seeds' * new} | {updates} | {lr[arm]:g} | {' | '.join(cells)} | {count:.0f} "
                   f"| {scores(runs)} |")
     print()
 
