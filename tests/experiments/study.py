@@ -448,8 +448,8 @@ def overview():
             cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in (
                 [outcome(rows) for rows in runs], [rows[-1]["pass@1"] for rows in runs])]
             count = statistics.mean(len(taken(rows)) for rows in runs)
-            print(f"| {arm}{', new seeds' * new} | {updates} | {lr[arm]:g} | {' | '.join(cells)} | {count:.0f} "
-                  f"| {scores(runs)} |")
+            print(f"| {arm}{', new seeds' * new} | {updates} | {lr[arm]:g} | {' | '.join(cells)} "
+                  f"| {count:.0f} | {scores(runs)} |")
     print()
 
 
