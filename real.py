@@ -782,20 +782,20 @@ class Run(ExitStack):
             tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}\n"
                        f"step {' '.join(SHOWN)}")
         numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
-        notes = {" no mixed group: too hard, too easy or a wrong --answer_column": not row["mixed"],
-                 " half is cut off: raise --max_new_tokens": row["cut_off"] >= 0.5,
-                 " updates were not finite: lower --lr": row["skipped"]}
-        tqdm.write(f"{step:4} {' '.join(numbers)}{''.join(k for k, v in notes.items() if v)}")
+        note = " no mixed group: too hard, too easy or a wrong --answer_column" * (not row["mixed"])
+        note += " half is cut off: raise --max_new_tokens" * (row["cut_off"] >= 0.5)
+        note += " updates were not finite: lower --lr" * (row["skipped"] > 0)
+        tqdm.write(f"{step:4} {' '.join(numbers)}{note}")
 
     def save(self, step, model, optimizer):
         """checkpoint.pt: written aside, then in one move, so that it is whole or as it was."""
         file, part = self.path / "checkpoint.pt", self.path / ".checkpoint.pt"
         fp32 = dict(zip(model.parameters(), optimizer.param_groups[0]["params"]))
         state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
+        logs = {name: (self.path / name).read_text() for name in LOGS}
+        saved = {"step": step, "settings": self.settings, "logs": logs, "model": state}
         with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB"):
-            torch.save({"step": step, "settings": self.settings, "model": state,
-                        "adam": optimizer.state_dict()["state"],
-                        "logs": {name: (self.path / name).read_text() for name in LOGS}}, part)
+            torch.save(saved | {"adam": optimizer.state_dict()["state"]}, part)
             getattr(os, "sync", int)()  # on the disk before it gets its name
             part.replace(file)
 
@@ -825,17 +825,16 @@ PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
     model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, micro_batch_tokens=18432,
     dataset="agentica-org/DeepScaleR-Preview-Dataset", prompts=128, steps=1400, eval_samples=16,
     eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", max_new_tokens=8192, eval_every=50)
-PRESETS = {  # what each of them takes, and what to expect: README
-    "tiny": {}, "paper": PAPER,
+PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
+    "paper-7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000,
+                             slots=104, micro_batch_tokens=36864),
+    "1.5b": PAPER | ONE_CARD | dict(
+        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30, slots=48,
+        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
     "0.5b": ONE_CARD | dict(
         model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
-        eval_dataset="openai/gsm8k", problem_column="question", mini_batches=2, steps=100, lr=1e-6,
-        temperature=1.0, max_new_tokens=512, slots=128, eval_every=25),
-    "1.5b": PAPER | ONE_CARD | dict(
-        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096, slots=48,
-        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30),
-    "paper-7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000,
-                             slots=104, micro_batch_tokens=36864)}
+        eval_dataset="openai/gsm8k", problem_column="question", eval_every=25, slots=128, lr=1e-6,
+        mini_batches=2, steps=100, max_new_tokens=512, temperature=1.0)}
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset's."""
@@ -845,9 +844,8 @@ def parse(argv=None):
     parser.set_defaults(**PRESETS[args.preset or "tiny"])
     if args.resume:
         parser.set_defaults(**read_checkpoint(args.output_dir)["settings"])
-    known = args.resume or args.preset
     args = parser.parse_args(argv)
-    refuse_if({args.model, args.dataset} != {TINY} and not known,
+    refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
     refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every,
               "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
