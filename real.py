@@ -223,10 +223,10 @@ def credit(logp, batch, config):
 def micro_batches(batch, rows, config):
     """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
-    G, parts = batch["lengths"].shape[1], []
-    longest = batch["lengths"].amax(-1).repeat_interleave(G).tolist()  # of the rollout's group
-    for row in sorted(rows, key=lambda row: (longest[row], row)):
-        if not parts or (len(parts[-1]) + 1) * longest[row] > config.micro_batch_tokens:
+    G, parts = batch["mask"].shape[1], []
+    longest = [len(q) + int(m.sum(-1).max()) for q, m in zip(batch["prompts"], batch["mask"])]
+    for row in sorted(rows, key=lambda row: longest[row // G]):
+        if not parts or (len(parts[-1]) + 1) * longest[row // G] > config.micro_batch_tokens:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -245,35 +245,30 @@ def token_logprobs(model, batch, rows, config):
            [log pi(4 | 7 8 9)  log pi(1 | 7 8 9 4)  0                  ]
 
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
-    Recomputed activations (low_memory) allow no cache: there each rollout copies its prompt."""
+    Where activations are recomputed (low_memory) there can be no cache: each rollout reads it."""
     for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
         module.training = config.low_memory and isinstance(module, GradientCheckpointingLayer)
     G, device = batch["mask"].shape[1], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
-    logp, T = torch.zeros(mask.shape, device=device), int(mask.sum(-1).max())  # T of these rows
-    completions, mask = completions[:, :T], mask[:, :T]
-    prompts = [batch["prompts"][row // G] for row in rows]
-    if config.low_memory:
-        ids = [torch.cat([q, o]) for q, o in zip(prompts, completions)]
-        hidden = model.base_model(  # causal: no token sees the padding on its right
-            input_ids=pad_sequence(ids, batch_first=True), use_cache=False)[0]
-        hidden = torch.stack([h[len(q) - 1 :][:T] for h, q in zip(hidden, prompts)])
-    else:
+    n = int(mask.sum(-1).max())  # tokens of the longest of these rollouts
+    before, past = [batch["prompts"][row // G] for row in rows], {"use_cache": False}
+    if not config.low_memory:
         groups, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
         ids = pad_sequence([batch["prompts"][g][:-1] for g in groups], batch_first=True)
         cache = model.base_model(input_ids=ids, use_cache=True).past_key_values
         cache.batch_repeat_interleave(repeats.to(device))
-        last = torch.stack([q[-1:] for q in prompts])  # (n, 1): it predicts token 0, so fed below
-        start = torch.tensor([[len(q) - 1] for q in prompts], device=device)  # its position
-        column = torch.arange(ids.shape[1] + T, device=device)
-        hidden = model.base_model(
-            input_ids=torch.cat([last, completions[:, :-1]], 1), position_ids=start + column[:T],
-            attention_mask=(column < start) | (column >= ids.shape[1]),  # all but padding
-            past_key_values=cache)[0]
+        start = torch.tensor([[len(q) - 1] for q in before], device=device)
+        column = torch.arange(ids.shape[1] + n, device=device)
+        past = {"past_key_values": cache, "position_ids": start + column[:n],
+                "attention_mask": (column < start) | (column >= ids.shape[1])}  # all but padding
+        before = [q[-1:] for q in before]  # not in the cache: it predicts the first token
+    ids = [torch.cat([q, o[: n - 1]]) for q, o in zip(before, completions)]
+    hidden = model.base_model(input_ids=pad_sequence(ids, batch_first=True), **past)[0]
+    hidden = torch.stack([h[len(q) - 1 :][:n] for h, q in zip(hidden, before)])  # (len(rows), n, H)
     head = model.get_output_embeddings()  # 512 tokens at a time: logits of all would not fit
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-              for h, o in zip(hidden[mask].split(512), completions[mask].split(512))]
-    return logp.masked_scatter(F.pad(mask, (0, logp.shape[1] - T)), torch.cat(chunks))
+              for h, o in zip(hidden[mask[:, :n]].split(512), completions[mask].split(512))]
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(chunks))
 
 def all_logprobs(model, batch, config):
     """log pi_theta of every rollout of a batch: (Q, G, T)."""
@@ -289,29 +284,26 @@ def next_token(logits, temperature):
     return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race: i is first with p_i
 
 @torch.no_grad()
-def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=2048, choose=None):
-    """EDIT: draw `group_size` rollouts of each prompt, token by token, until one of `ends`.
-
-    prompts: Q vectors of token ids. Returns ids and mask, (Q, G, T). Up to `slots` rollouts run
-    side by side, each with a slot of a cache; when a quarter has ended, they make room for the next
-    prompts. `choose` may stand in for next_token, as in eval.py."""
-    device, G, total = model.eval().device, group_size, len(prompts) * group_size
-    every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
-    slots, waiting = min(total, max(slots // G, 1) * G), list(range(len(prompts)))
+def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, choose=None):
+    """EDIT: draw G rollouts of each prompt, a vector of token ids, until one of `ends`. Returns ids
+    and mask, (Q, G, T). Up to `slots` rollouts run side by side, each in a slot of one cache; when
+    a quarter of them has ended, the next prompts are read into their slots."""
+    device = model.eval().device
+    ends = torch.as_tensor(ends, device=device)
     ids = pad_sequence(prompts, batch_first=True).repeat_interleave(G, 0)
-    ids = F.pad(ids, (0, max_new_tokens, 0, 1))  # a row: prompt and completion; the last: spare
-    first = torch.tensor([len(q) for q in prompts for _ in range(G)] + [1], device=device)
-    at = first - 1  # the column of each rollout's newest token; o_1 goes to column `first`
-    rollout = first[:0]  # of each slot, the number of its rollout; `total`, the spare, if it ended
-    active = first[:0]  # the slots whose rollout has not ended
-    cache, bar = Slots(slots, ids.shape[1]), tqdm(desc="tokens", unit="", leave=False, delay=5)
-    while waiting or len(active):
+    ids = F.pad(ids, (0, max_new_tokens + 1))  # a row: prompt, completion and a column to spare
+    start = torch.tensor([len(q) for q in prompts for _ in range(G)], device=device)  # o_1's column
+    at, last = start - 1, start + max_new_tokens - 1  # columns of the newest and of the last token
+    rollout = active = at[:0]  # the rollout in each slot; the slots whose rollout has not ended
+    waiting = torch.arange(len(ids), device=device)  # rollouts that have no slot yet
+    cache = Slots(min(max(slots // G, 1), len(prompts)) * G, ids.shape[1] - 1)
+    bar, every = tqdm(desc="tokens", leave=False, delay=5), 16 if device.type == "cuda" else 1
+    while len(waiting) or len(active):
         if len(active) <= 0.75 * len(rollout):
-            free = (slots - len(active)) // G
-            chosen, waiting = waiting[:free], waiting[free:]
-            cache.refill(model, active, [prompts[q] for q in chosen], G)
-            new = [q * G + g for q in chosen for g in range(G)]
-            rollout = torch.cat([rollout[active], first.new_tensor(new)])
+            free = (cache.slots - len(active)) // G * G  # whole groups
+            new, waiting = waiting[:free], waiting[free:]
+            cache.refill(model, active, [prompts[i // G] for i in new[::G]], G)
+            rollout = torch.cat([rollout[active], new])
             cache.width = int(at[rollout].max())
         for _ in range(every):  # a token of every slot
             now = cache.at = at[rollout]
@@ -322,47 +314,40 @@ def sample(model, prompts, group_size, ends, max_new_tokens, temperature, slots=
                            attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
             token = (choose or next_token)(logits, temperature)  # o_t ~ pi(. | q, o_<t)
             ids[rollout, now + 1] = token
-            at[rollout] = now + 1
-            done = torch.isin(token, ends) | (now + 2 == first[rollout] + max_new_tokens)
-            rollout = rollout.masked_fill(done, total)
-            at[-1] = 0  # the spare row stays where it is, whoever writes to it
-        active = (rollout < total).nonzero()[:, 0]  # the host waits here, not inside a token
+            at[rollout] = torch.minimum(now + 1, last[rollout])  # where it has ended it stays
+            last[rollout] = torch.where(torch.isin(token, ends), at[rollout], last[rollout])
+        active = (at < last)[rollout].nonzero()[:, 0]  # the host waits here, not inside a token
         refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
         bar.update(every * len(rollout))
     bar.close()
-    ids = ids[:-1].gather(1, first[:-1, None] + torch.arange(max_new_tokens, device=device))
-    ended = torch.isin(ids, ends)
-    mask = ended.cumsum(-1) - ended.long() == 0  # (critical) to the first end token, inclusive
-    T = int(mask.sum(-1).max())
-    return [x[:, :T].view(len(prompts), G, T) for x in (ids * mask, mask)]
+    column = start[:, None] + torch.arange(int((last - start).max()) + 1, device=device)
+    mask = column <= last[:, None]  # (critical) to the first end token, inclusive
+    return [x.view(len(prompts), G, -1) for x in (ids.gather(1, column) * mask, mask)]
 
 def label_group(problem, texts):
     """EDIT: True or False for each of a group of answers to a problem, here by the checker."""
     return [is_correct(text, problem["answer"]) for text in texts]
 
-def rollouts(model, tokenizer, problems, group_size, config, label=label_group, choose=None):
+def rollouts(model, tokenizer, problems, G, config, label=label_group, choose=None):
     """A group of rollouts of each problem and their labels, as a batch: a dict of length-Q values.
-
-    problems     list of dicts, see load_problems       prompts    list of (tokens,) int64
-    completions  (Q, G, T) int64, 0 after the end       mask       (Q, G, T) bool
-    lengths      (Q, G) int64, prompt and completion    labels     (Q, G) bool
-    texts        Q lists of G str                       ended      (Q, G) bool, False: cut off
     `train` adds old_logp, and ref_logp where the loss looks at it: (Q, G, T) float32."""
     device, ends = model.device, model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     ends = torch.tensor(sorted(ends), device=device)
     prompts = [torch.tensor(p["prompt_ids"], device=device) for p in problems]
-    ids, mask = sample(model, prompts, group_size, ends, config.max_new_tokens, config.temperature,
+    ids, mask = sample(model, prompts, G, ends, config.max_new_tokens, config.temperature,
                        config.slots, choose)
     texts = [[tokenizer.decode(o[m], skip_special_tokens=True) for o, m in zip(*group)]
              for group in zip(ids.cpu(), mask.cpu())]
-    labels = [label(p, [p["opening"] + text for text in group])
-              for p, group in zip(problems, texts)]
+    labels = [label(p, [p["opening"] + x for x in group]) for p, group in zip(problems, texts)]
     refuse_if(any(x not in (0, 1) for group in labels for x in group), "a label is to be 0 or 1")
-    return {"problems": problems, "prompts": prompts, "completions": ids, "mask": mask,
-            "lengths": mask.sum(-1) + torch.tensor([[len(q)] for q in prompts], device=device),
-            "labels": torch.tensor(labels, dtype=torch.bool, device=device).view(mask.shape[:2]),
-            "texts": texts, "ended": (mask & torch.isin(ids, ends)).any(-1)}
+    return {"problems": problems,  # Q dicts, see load_problems
+            "prompts": prompts,  # Q vectors of token ids, int64
+            "completions": ids,  # (Q, G, T) int64, 0 after the end
+            "mask": mask,  # (Q, G, T) bool
+            "labels": torch.tensor(labels, device=device).bool().view(len(prompts), G),
+            "texts": texts,  # Q lists of G str
+            "ended": (mask & torch.isin(ids, ends)).any(-1)}  # (Q, G) bool, False: cut off
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
@@ -373,13 +358,11 @@ def validate(model, tokenizer, problems, config):
 # ==== Update and training =========================================================================
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
-
     An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
     rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
-    factor without a model, then each micro-batch brings its share of the sum; a single one keeps
-    the graph of its first forward pass. If push is 0, or a number not finite, the weights stay."""
-    Q, G = batch["labels"].shape  # of the mini-batch
-    whole = len(micro_batches(batch, range(Q * G), config)) == 1
+    factor without a model, each micro-batch its share of the sum; where one is all, it keeps the
+    graph of its first pass. If push is 0, or a number not finite, the weights stay."""
+    whole = len(micro_batches(batch, range(batch["labels"].numel()), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
     loss, push = credit(logp, batch, config)  # push = dL/dlogp, (Q, G, T)
@@ -387,18 +370,17 @@ def update(model, optimizer, batch, config):
     for micro in micro_batches(batch, rows, config):
         again = logp.flatten(0, 1)[micro] if whole else token_logprobs(model, batch, micro, config)
         again.backward(push.flatten(0, 1)[micro])  # dL/dtheta = push * dlogp/dtheta
-    weights = optimizer.param_groups[0]["params"]
-    norm = torch.nn.utils.clip_grad_norm_(weights, config.grad_clip).to(loss.device)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
     if rows and (loss + norm).isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=not config.low_memory)  # there, gradients add into .grad
-    return {"loss": loss, "grad_norm": norm, "weight": Q * push.sum(-1).abs(),  # |W| if REAL
+    return {"loss": loss, "grad_norm": norm.to(loss.device),
+            "weight": len(push) * push.sum(-1).abs(),  # (Q, G), |W| if REAL
             "s_bar": s_bar(logp.detach(), batch["old_logp"], batch["mask"])}
 
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
     Validation asks `label_group` in any case. SystemExit after Ctrl-C, the step at work saved."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with Run(config) as run:
         model, tokenizer = load_model(config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
@@ -406,16 +388,16 @@ def train(config, label=label_group):
         if config.eval_every:
             held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
         check_model(model, tokenizer, problems + held_out, config)
-        run.start(model.to(device), problems)
+        run.start(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
         optimizer = make_optimizer(model, config)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam")})
-        reference, row = None, {}
+        policies = {"old_logp": model}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
-            reference = load_model(config.model, model.dtype)[0].to(device)
-        if held_out and not run.done:
-            row["pass@1_before"] = validate(model, tokenizer, held_out, config)
-
+            policies["ref_logp"] = load_model(config.model, model.dtype)[0].to(model.device)
         for step in tqdm(range(run.done + 1, config.steps + 1), unit="step"):  # line 3
+            row = {}
+            if held_out and step == 1:
+                row["pass@1_before"] = validate(model, tokenizer, held_out, config)
             began = time.time()
             torch.manual_seed(config.seed * 1_000_003 + step)
             questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
@@ -426,34 +408,29 @@ def train(config, label=label_group):
             # line 5, pi_old: its log-probabilities. (critical) By the very passes of `update`, so
             with torch.no_grad():  # that s_bar is exactly 0 before the step's first update
                 for mini in minis:
-                    mini["old_logp"] = all_logprobs(model, mini, config)
-                    if reference:
-                        mini["ref_logp"] = all_logprobs(reference, mini, config)
+                    mini |= {k: all_logprobs(pi, mini, config) for k, pi in policies.items()}
             updates = []
-            for mini in minis:  # line 8
-                number = (step - 1) * config.mini_batches + len(updates) + 1
+            for number, mini in enumerate(minis, (step - 1) * len(minis) + 1):  # line 8
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, number / max(1, config.warmup))
                 updates.append(update(model, optimizer, mini, config))  # lines 9 and 10
             row |= metrics(batch, minis, updates)
-            last = step == config.steps
-            if held_out and (last or step % config.eval_every == 0):
+            if held_out and (step == config.steps or step % config.eval_every == 0):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
             row["seconds"] = time.time() - began
             run.log(step, row, batch)
-            if last or run.signal or step % config.save_every == 0:
+            if step == config.steps or run.signal or step % config.save_every == 0:
                 run.save(step, model, optimizer)
             if run.signal:
                 break
-            row = {}
         return run.finish(model, tokenizer)  # line 13
 
 # ==== Here the algorithm ends. What follows serves it. ============================================
 class Slots:
-    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
+    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
+    `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
 
     def __init__(self, slots, columns):
         self.slots, self.columns, self.kv = slots, columns, []
-        self.width, self.at = 0, None  # columns in use; the column that each slot writes next
 
     def refill(self, model, active, prompts, G):
         """Move the slots `active` to the front and read each new prompt once, for G slots more."""
@@ -475,9 +452,6 @@ class Slots:
             x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
         return [x[:n, :, : self.width] for x in own]
 
-    def get_seq_length(self, *args):  # transformers asks; the positions are given
-        return 0
-
 def draw(problems, step, config):
     """The questions of a step. Each pass over the data is a new order that the seed decides."""
     chosen = []
@@ -490,30 +464,27 @@ def draw(problems, step, config):
 def metrics(batch, minis, updates):
     """What a step did, as numbers; the README says what each means."""
     labels, mask = batch["labels"], batch["mask"]
-    old_logp = torch.cat([mini["old_logp"] for mini in minis])
     s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
     loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
-    return {"loss": loss.mean(), "grad_norm": norm.max(), "reward": labels.float().mean(),
-            "solved": labels.all(-1).float().mean(), "mixed": is_mixed(labels).float().mean(),
-            "cut_off": 1 - batch["ended"].float().mean(),
-            "entropy": -old_logp[mask].mean(),  # an estimate: the tokens were drawn from pi_old
-            "response_length": mask.sum(-1).float().mean(), "s_positive": s[labels].mean(),
-            "s_negative": s[~labels].mean(), "s_abs_median": s.abs().median(),
-            "s_abs_90": s.abs().quantile(0.9), "max_weight": weight.max(),
-            "spread_weight": weight.std(), "skipped": (~(loss + norm).isfinite()).sum()}
+    means = {"reward": labels, "solved": labels.all(-1), "mixed": is_mixed(labels),
+             "cut_off": ~batch["ended"], "response_length": mask.sum(-1)}
+    return {k: x.float().mean() for k, x in means.items()} | {
+        "loss": loss.mean(), "grad_norm": norm.max(), "skipped": (~(loss + norm).isfinite()).sum(),
+        "entropy": -torch.cat([x["old_logp"] for x in minis])[mask].mean(),  # estimated: o ~ pi_old
+        "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(),
+        "s_abs_median": s.abs().median(), "s_abs_90": s.abs().quantile(0.9),
+        "max_weight": weight.max(), "spread_weight": weight.std()}
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
-
-    At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. With
-    low_memory they do on the CPU: gradients move there as soon as they exist, new weights return
-    after each step."""
-    weights = list(model.parameters())
-    refuse_if(not all(w.requires_grad for w in weights), "an adapter as --model: merge it first")
+    At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. The
+    originals are on the CPU: gradients move there as soon as they exist, new weights return."""
+    refuse_if(not all(p.requires_grad for p in model.parameters()), "an adapter: merge it first")
+    home = {}
     if config.low_memory:
         model.activation_checkpointing_enable()
-        home = {p: p.detach().cpu().requires_grad_() for p in weights}
-        transit = torch.empty(max(p.numel() for p in weights), dtype=torch.bfloat16,
+        home = {p: p.detach().cpu().requires_grad_() for p in model.parameters()}
+        transit = torch.empty(max(p.numel() for p in home), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
 
         def move(p):
@@ -524,11 +495,9 @@ def make_optimizer(model, config):
             p.data = p.data.bfloat16()  # (critical) not the buffers: rounded rotary phases are off
             w.grad = torch.zeros_like(w)
             p.register_post_accumulate_grad_hook(move)
-        weights = list(home.values())
-    optimizer = torch.optim.AdamW(  # fused: many times as fast on a CPU
-        weights, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
-    if config.low_memory:
-        optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
+    optimizer = torch.optim.AdamW(home.values() or model.parameters(), config.lr,
+                                  (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+    optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
     return optimizer
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================

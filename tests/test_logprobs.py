@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-
 from types import SimpleNamespace
 
 import pytest
@@ -105,21 +104,25 @@ def test_dropout_is_off_while_training(low_memory):
 # ---- Micro-batches -------------------------------------------------------------------------------
 
 
+def of_lengths(lengths):
+    """A batch of rollouts so long with their prompts, which have a token each; the lengths."""
+    lengths = torch.tensor(lengths)
+    mask = torch.arange(20) < lengths[..., None] - 1
+    return {"prompts": [torch.tensor([2])] * len(mask), "mask": mask}, lengths.flatten().tolist()
+
+
 @pytest.mark.parametrize("rows", [range(8), [1, 4, 6], []], ids=str)
 @pytest.mark.parametrize("tokens", [1, 12, 40, 10**6])
 def test_every_row_once_within_the_budget(rows, tokens):
-    lengths = torch.tensor([[7, 3], [9, 1], [4, 20], [4, 2]])
-    batch = {"lengths": lengths, "labels": lengths > 3}
+    batch, lengths = of_lengths([[7, 3], [9, 2], [4, 20], [4, 2]])
     parts = real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=tokens))
     assert sorted(row for part in parts for row in part) == list(rows) and all(parts)
-    lengths = lengths.flatten().tolist()
     assert all(len(p) == 1 or len(p) * max(lengths[i] for i in p) <= tokens for p in parts)
     assert len(parts) == (1 if rows else 0) or tokens < 10**6
 
 
 def test_groups_stay_together_and_find_others_of_their_length():
-    lengths = torch.tensor([[3, 9], [4, 8], [1, 2], [9, 9]])
-    batch = {"lengths": lengths, "labels": lengths > 3}
+    batch, _ = of_lengths([[3, 9], [4, 8], [2, 2], [9, 9]])
     for tokens, expected in ((18, [{4, 5}, {2, 3}, {0, 1}, {6, 7}]),
                              (36, [{2, 3, 4, 5}, {0, 1, 6, 7}])):
         parts = real.micro_batches(batch, range(8), replace(QUICK, micro_batch_tokens=tokens))
@@ -132,7 +135,6 @@ def test_a_forward_pass_keeps_the_budget(low_memory):
     model = toy()
     batch = made_up(model, lengths=(5, 5, 5), T=40)
     batch["mask"][1:, :, 4:] = False
-    batch["lengths"] = batch["mask"].sum(-1) + 5
     sizes = []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)

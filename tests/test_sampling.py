@@ -130,14 +130,12 @@ def test_a_batch_is_what_its_docstring_says():
         assert batch["prompts"][q].tolist() == problem["prompt_ids"]
         for g in range(4):
             o = batch["completions"][q, g][batch["mask"][q, g]]
-            assert batch["lengths"][q, g] == len(o) + len(problem["prompt_ids"])
             assert batch["texts"][q][g] == tokenizer.decode(o, skip_special_tokens=True)
             right = real.is_correct(problem["opening"] + batch["texts"][q][g], problem["answer"])
             assert batch["labels"][q, g] == right and batch["ended"][q, g] == ends[q, g].any()
     assert 0 < batch["labels"].float().mean() < 1
-    assert {k: batch[k].dtype for k in ("completions", "mask", "labels", "ended", "lengths")} == {
-        "completions": torch.long, "mask": torch.bool, "labels": torch.bool, "ended": torch.bool,
-        "lengths": torch.long}
+    assert {k: batch[k].dtype for k in ("completions", "mask", "labels", "ended")} == {
+        "completions": torch.long, "mask": torch.bool, "labels": torch.bool, "ended": torch.bool}
 
 
 def test_an_answer_that_is_cut_off_did_not_end():

@@ -57,9 +57,7 @@ def rolled(tmp_path_factory):
     x = t._prepare_inputs(next(iter(t.get_train_dataloader())))
     mask = x["completion_mask"].bool()
     prompts = [ids[0][m[0].bool()] for ids, m in zip(x["prompt_ids"], x["prompt_mask"])]
-    lengths = mask.sum(-1) + torch.tensor([[len(p)] for p in prompts])
-    batch = {"prompts": prompts, "completions": x["completion_ids"], "mask": mask,
-             "lengths": lengths}
+    batch = {"prompts": prompts, "completions": x["completion_ids"], "mask": mask}
 
     config, tokenizer = real.Config(temperature=0.7), t.processing_class
     problems = real.load_problems(tokenizer, config, config.dataset, "train")

@@ -65,8 +65,7 @@ def made_up(model, seed=0, lengths=(5, 9, 3), G=4, T=7):
     labels = torch.rand(Q, G) < 0.5
     labels[0], labels[1:, 0], labels[1:, 1] = True, True, False
     batch = {"prompts": prompts, "completions": torch.randint(2, vocabulary, (Q, G, T)) * mask,
-             "mask": mask, "lengths": mask.sum(-1) + torch.tensor(lengths)[:, None],
-             "labels": labels}
+             "mask": mask, "labels": labels}
     with torch.no_grad():
         logp = plain_logprobs(model, batch, 1.0)
     shift = torch.sin(torch.arange(logp.numel())).view(logp.shape) * mask

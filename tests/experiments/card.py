@@ -88,7 +88,7 @@ def step(config, model, optimizer, questions):
                 part["old_logp"] = real.all_logprobs(model, part, config)
             real.update(model, optimizer, part, config)
     updates()  # the first makes AdamW's moments
-    return {"tokens": int(batches[0]["lengths"].sum()),
+    return {"tokens": int(batches[0]["mask"].sum()) + 200 * questions * config.group_size,
             "sampling": sampling, "updates": timed(updates)}
 
 def speed(found):
