@@ -168,8 +168,8 @@ def plan():
     yield regime("8 epochs")
     yield seeds("eq9", 16, {"REAL, tau 0.025": {"objective": "real", "tau": 0.025}},
                 lambda _: best_rate(16, "REAL"))
-    yield regime("rollouts 4 steps old", "confirm", NEW_SEEDS)
     yield in_atlas(["real_bce", "real_no_anchor", "grpo_bidirectional", "gspo"])
+    yield regime("rollouts 4 steps old", "confirm", NEW_SEEDS)
 
 
 # ==== How it is run ==============================================================================
