@@ -19,10 +19,10 @@ Where the paper is in this file          Shapes
     Eq. 11       real_bce                the labels, how answers are sampled.
     Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
-import inspect, json, math, os, random, re, shlex, signal, sys, time, zlib
+import inspect, json, math, os, re, shlex, signal, sys, time, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow
+from decimal import Context, Decimal, localcontext
 from functools import partial
 from pathlib import Path
 
@@ -501,67 +501,57 @@ def make_optimizer(model, config):
     return optimizer
 
 # ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
-# SYMBOLS and RULES rewrite gold and reply. Each is then read as a tree: its numbers are computed,
-# its sums, products, lists and unions are sorted. No algebra. A unit is a name between two @.
-SYMBOLS = {old: new for new, *olds in map(str.split, r"""- − –|* × · \times \cdot|π pi \pi|∞ \infty
-    |√ sqrt \sqrt|∪ \cup \bigcup|≤ <= \le \leq|≥ >= \ge \geq|± \pm|= \in|\ne \neq|),( \\|? @ \not
-    |, ; and or & \quad|~ $ \( \) \left \right \displaystyle|\frac \dfrac \tfrac|\sin sin|\cos cos
-    |@degree@ ° ^\circ ^{\circ}|@percent@ % \%|+@dollar@* \$""".split("|")) for old in olds}
-TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|bb)|mbox|operatorname|boxed) ?"
-UNIT = (r"(?:square|cubic)?(?:[cdkm]m|[km]g|ft|in|inch|foot|feet|unit|mile|pound|dollar|cent|way"
-        r"|degree|second|minute|hour|day|week|month|year|people|point|percent|(?:kilo)?meter)")
-RULES = [(re.compile(pattern), new) for pattern, new in [  # in this order
-    (r"(\\left ?[([] *)?\\begin\{([pb]matrix|array\}\{[clr|]+)\}", "[("),  # \begin{pmatrix}1 -> [(1
-    (r"(\\\\\s*)?\\end\{([pb]matrix|array)\}( *\\right ?[)\]])?", ")]"),  # 4\end{pmatrix} -> 4)]
+SYMBOLS = {old: new.replace("~", " ") for new, *olds in map(str.split, r"""+- - − –|/ ÷|= \in|± \pm
+    |* × · \times \cdot|÷ \frac \dfrac \tfrac|½√ √ sqrt \sqrt|π pi \pi|∞ \infty|≤ <= \le \leq
+    |≥ >= \ge \geq|\ne not \not \neq|∪ \cup \bigcup|,~ ; and or & \quad|[( \begin|),( \\|)] \end
+    |@degrees@ ° ^\circ ^{\circ}|@percent@ % \%|@dollars@*~ \$|~1/2 ½|~ ~ $ \( \) \left \right
+    \displaystyle \angle""".split("|")) for old in olds}
+UNIT = (r"((?: */h|[ /]*(?:square|cubic|per|[cdkm]m|[km]g|ft|in|inch|foot|feet|unit|meter|mile|way"
+        r"|dollar|cent|degree|second|minute|hour|day|week|month|year|point|percent)(?:e?s)?){1,4})")
+NAME = r"@[a-z/]+@|[A-Za-z]{2,}(?! *\^)|[A-Za-z∞]"
+RULES = [(re.compile(pattern), new) for pattern, new in [  # ÷12 is a half, @cm@ a unit
+    (r"\{([pb]matrix|array)\}(\{[clr|]+\})?|\\\\\s*(?=\\end)", " "),  # \begin{pmatrix}1 -> \begin 1
     (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
-    (r"^((?:[^\d,([{]|\\\()*\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"),  # 1,234 -> 1234
     (r"[<>]=|\^\{?\\circ\}?|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # \pi -> π
-    (TEXT + r"(\{([^{}]*)\})?", r" \2 "),  # \text{(C)} ->  (C)
-    (r"(\\[!,;:> ]|~|\s)+", " "),  # 1,\,2 -> 1, 2
-    (r"(^ ?\\{|^|,)([^,]*)±([^,]*?)(?=,|\\}|\.?$)", r"\1\2+\3,\2-\3"),  # 1±x -> 1+x,1-x
-    (r"(?<![A-Za-z\\])[A-Z](?=[a-z])", lambda m: m[0].lower()),  # Even -> even
-    (r"(?<=[A-Za-z]{2}) (?=[A-Za-z]{2})", ""),  # no solution -> nosolution
-    (rf"(?<=[\d)}}π]) ?({UNIT})(e?s)?((/|per){UNIT}|/h)?(?![A-Za-z])", r"@\1\3@"),  # 5cm -> 5@cm@
-    (r"\\frac ?(\d|{[^{}]*}) ?(\d)", r"\\frac \1 \2 "),  # \frac12 -> \frac 1 2
-    (r"(?<![\w.}/^√])(\d+) ?(\\frac ?{?\d+}? ?{?\d+}?| \d+/\d+)", r"(\1+\2)"),  # 1 1/2 -> (1+ 1/2)
-    (r"([\^_]) ?\{ ?(-?\d+|[A-Za-z]) ?\} ?", r"\1\2 "),  # x^{2}y -> x^2 y
-    (r"^ +|\\(?=[{}])|,(?= ?,)|[ .,:]+$", "")]]  # 5. -> 5
-LHS = r"((?!\\[gln]|not)((\\angle )?\\?[A-Za-z]+(_\w+)?( ?\(\w+\))?|\([A-Za-z, ]+\))? ?=)?"  # x =
-NAME = re.compile(r"@[a-z/]+@|\d+_\d+|(?:[A-Za-z]{2,}(?! ?\^)|[A-Za-z∞])(?:_\w+)?")
-TOKEN = re.compile(NAME.pattern + r"|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|\\frac|\S")
-PREFIX = {"+": [5], "-": [5], "√": [7], r"\frac": [7, 7]}  # how tightly operands are bound
-INFIX = {",": 1, "=": 2, **dict.fromkeys("<≤>≥", 3), "∪": 4, "+": 5, "*": 6, "/": 6, "^": 7}
-D = Context(prec=800, Emax=699, traps=[DivisionByZero, InvalidOperation, Overflow, Underflow])
-COMPUTE = {"+": D.add, "-": D.minus, "*": D.multiply, "/": D.divide,
-           "√": D.sqrt, "^": lambda x, n: D.power(x or 1 / 0, int(str(n)))}  # 0^{-1} is an error
-CONSTANTS = {name: Decimal(random.Random(name).random()) for name in "πei"}
+    (r"\\(text|math|mbox|operator|boxed)[a-z]* *(\{([^{}]*)\})?|\\[!,;: ]|\s", r" \3 "),  # \;1 -> 1
+    (r"^[^\d,([{]*\d{1,3}(,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),  # 1,234 -> 1234
+    (r"(^ *\\{|^|,)([^,]*)±([^,]*?)(?=,|\\}|\.?$)", r"\1\2+\3,\2+-\3"),  # 1±x -> 1+x,1+-x
+    (rf"(?<=[\d)}}π]){UNIT}(?![A-Za-z])", lambda m: f"@{m[1].replace(' ', '')}@"),  # 5 cm -> 5@cm@
+    (r"÷ *(\w|{[^{}]*}) *(\w)", r"÷\1{\2}"),  # ÷12 -> ÷1{2}
+    (r"(?<![\w.}/^√])(\d+) *(÷ *{?\d+}? *{\d+}| \d+/\d+)", r"(\1+\2)"),  # 1 1/2 -> (1+ 1/2)
+    (r"^[ +]+|(?<=[({\[,=*/^+-]) *\+|(?<=\d[eE])\+|\\(?=[{}])|,(?= *,)|[ .,:]+$", ""),  # +5. -> 5
+    (rf"({NAME}|((?<=\^)-)?(\d+\.?\d*|\.\d+)([eE]-?\d{{1,3}})?|\S) *", r"\1 "),  # 3+2x -> 3 + 2 x
+    (r"(?<=[\w)}@∞.]) (?=[(½÷@∞π]|[a-zA-Z]{1,2}\b)|(?<=-) ", " * ")]]  # - 2 x -> - * 2 * x
+LHS = r"(((([A-Z]{2} \+ |\\ (?!n))?[A-Za-z]+( _ [\w{} ]+)?( \* \( \w+ \))?|\([A-Za-z, ]+\)) )?= )?"
+SIGNS = "() [) (] [] {} = < > ≤ ≥ ∪ + * / ^ _ √".split()  # loosest first
+COMPUTE = {"+": lambda *x: sum(x), "*": lambda *x: math.prod(x), "/": lambda x, y: x / y,
+           "^": lambda x, n: 1 / (1 / x) ** int(str(n)), "√": lambda half, x: x.sqrt()}
+KNOWN = {c: Decimal(x) for c, x in zip("-½πei", (-1, 0.5, math.pi, math.e, 7**0.1))}  # i is any
 
-def _node(kind: str, *parts) -> Decimal | tuple:
-    """A number where it can be computed, else kind and parts, sorted where order means nothing."""
-    kind, parts = {">": ("<", parts[::-1]), "≥": ("≤", parts[::-1])}.get(kind, (kind, parts))
-    if kind in COMPUTE and {*map(type, parts)} == {Decimal}:
-        return COMPUTE[kind](*parts)
+def _value(text: str, known: dict) -> Decimal | str:
+    """A number if it can be computed, else a text, sorted where order means nothing. No algebra."""
+    sign = next((sign for sign in SIGNS if f" {sign} " in text), None)
+    if sign is None:
+        return known[text] if text in known else Decimal(text)
+    parts = [_value(part, known) for part in text.split(f" {sign} ")]
+    if sign in COMPUTE and {*map(type, parts)} == {Decimal}:
+        return COMPUTE[sign](*parts)
     parts = [str(p.normalize(Context(700)) or 0) if type(p) is Decimal else p for p in parts]
-    parts = [q for p in parts for q in (p[1:] if p[0] == "," or p[0] == kind in "+*=∪" else [p])]
-    return kind, *(sorted(parts, key=str) if kind in ("+", "*", "=", "∪", "{}") else parts)
+    return f"({sign} {' '.join(sorted(parts) if sign in ('+', '*', '=', '∪', '{}') else parts)})"
 
-def _parse(tokens: list[str], level: int = 0) -> Decimal | str | tuple:
-    """Precedence climbing over reversed tokens, up to a closing bracket."""
-    token = tokens.pop()
-    if token in "([{":
-        value, pair = _parse(tokens), token + tokens.pop()
-        if pair not in ("()", "{}") or type(value) is tuple and value[0] == ",":
-            value = _node(pair, value)
-    elif token in PREFIX:
-        parts = [_parse(tokens, max(level, tight)) for tight in PREFIX[token]]
-        value = parts[0] if token == "+" else _node(token.replace(r"\frac", "/"), *parts)
-    else:
-        value = CONSTANTS.get(token) or (token if NAME.fullmatch(token) else Decimal(token))
-    while tokens[-1] not in ")]}" and INFIX.get(tokens[-1].replace("-", "+"), 6) > level:
-        if tokens[-1] not in INFIX and tokens[-1][0] not in ".0123456789{":
-            tokens.append("+" if tokens[-1] == "-" else "*")  # 2x is 2*x, but 5 6 is a KeyError
-        value = _node(sign := tokens.pop(), value, _parse(tokens, INFIX[sign] - (sign in ">≥")))
-    return value
+def _read(text: str) -> str:
+    """The value of an answer as a text; an answer that cannot be read stands for itself."""
+    known = {name: name for name in re.findall(NAME, text)} | KNOWN
+    rest = "( 0 , { " + text + "} )"  # whose value is a text even where that of `text` is a number
+    with localcontext(Context(800, Emax=699)), suppress(ArithmeticError, TypeError, ValueError):
+        while rest not in known:  # a name takes the place of an innermost bracket
+            rest = re.sub(r"÷ ([^\s{([]+) ([^\s{([]+)", r"( \1 / \2 )", rest)
+            bracket = re.search(r"(?:({)|[([]) ([^][{}()]*) (?(1)}|[])])", rest)
+            name, pair = f"@{len(known)}@", bracket[0][0] + bracket[0][-1]
+            known[name] = _value(bracket[2].replace(",", pair), known)
+            rest = rest.replace(bracket[0], name)
+        return known[rest]
+    return re.sub(r"\{ (\S+) \}", r"\1", text)
 
 def _same(gold: str, reply: str) -> bool:
     if gold == reply or len(gold + reply) > 600:  # this bounds the work
@@ -569,22 +559,15 @@ def _same(gold: str, reply: str) -> bool:
     for pattern, new in RULES:
         gold, reply = pattern.sub(new, gold), pattern.sub(new, reply)
     if ("=" in gold) != ("=" in reply):  # one of them says x =
-        gold = gold.replace(re.match(LHS, gold)[0], "")
-        reply = reply.replace(re.match(r"([A-Z]{2} ?\+ ?)?" + LHS, reply)[0], "")
+        gold, reply = (text.replace(re.match(LHS, text)[0], "") for text in (gold, reply))
     if ("@" in gold) != ("@" in reply):  # one of them has a unit
-        gold, reply = (re.sub(r"\+?@[a-z/]+@\*?( ?\^-?\d)?", " ", text) for text in (gold, reply))
-    a, b = (TOKEN.findall("{" + text + "})")[::-1] for text in (gold, reply))
-    with suppress(ArithmeticError, LookupError, ValueError, TypeError, RecursionError):
-        equal = a == b or _node("=", _parse(a)) == _node("=", _parse(b))
-        return equal and len(a) == len(b) != 3  # 1: both are read to the end; 3: nothing is there
-    return False
+        unit = r"((?<!- )\* )?@\S+@ (\* )?(\^ [{\d} ]+)?"
+        gold, reply = re.sub(unit, "", gold), re.sub(unit, "", reply)
+    return _read(gold) == _read(reply) != ""
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(" + r"(?:[^{}]|\{" * 6 + "[^{}]*" + r"\})*" * 6 + r")\}")
 def extract_answer(response: str) -> str | None:
-    r"""What is in the last \boxed{}, after the last </think>; None in an open <think>.
-    >>> extract_answer(r"<think> \boxed{1}? </think> It is \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    """
+    r"""What is in the last \boxed{}, after the last </think>; None in an open <think>."""
     tail = response.rpartition("</think>")[2]
     boxes = BOX.findall(tail[-100_000:])
     return boxes[-1] if boxes and "<think>" not in tail else None

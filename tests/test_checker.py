@@ -24,7 +24,7 @@ def graded(reply: str, gold) -> bool:
 SAME = [
     # ours: one number in many spellings
     ["5", "$5$", r"\text{5}", "5.", " 5 ", "05", "5.0", "+5", "10/2", r"\frac{10}{2}",
-     r"\boxed{5}", r"\mathbf{5}", "{5}", r"\(5\)", r"5\$"],
+     r"\boxed{5}", r"\mathbf{5}", "{5}", r"\(5\)", r"5\$", "2--3", "2+-(-3)"],
     ["-5", "−5", "–5", "- 5", "-5.00", r"-\frac{10}{2}", r"\frac{-10}{2}", r"\frac{10}{-2}"],
     ["10080", "10,080", "10{,}080", r"10\,080", r"10,\!080", "10080.0"],
     ["11111111100", r"11,\! 111,\! 111,\! 100"],
@@ -63,6 +63,7 @@ SAME = [
     ["-1,-2", "-2,-1", r"\{-2,-1\}"],  # hash(-1) == hash(-2)
     ["0", "0.0", "-0", "000", r"\frac{0}{5}", "1-1"],
     ["40_9", "40_{9}"],
+    ["11111111100", "11,111,111,100"],
     ["58,500", "58500", r"\(58,500\)", "$58,500$"],
     # in the style of Hendrycks' is_equiv tests: compact fractions, units, parentheses, decimals
     [r"\tfrac{1}{2} + \frac1{72}", r"\dfrac{1}{2} +\!\frac{1}{72}", "37/72"],
@@ -73,10 +74,11 @@ SAME = [
     ["10", "(9+1)", "x = 10"],
     [r"[-1, -\frac{1}{2}) \cup (0, 1)", r"[-1, -\tfrac12) \cup (0, 1)"],
     ["12:00", "12:00"],
-    # inequalities read in both directions
-    [r"x \geq 5", r"x \ge 5", "x >= 5", "x≥5", r"x\geq 5.0", r"5 \le x", r"5\leq x", "5 <= x"],
-    ["x > 5", "5 < x", r"\frac{10}{2} < x"],
-    [r"1 < x \le 5", r"5 \ge x > 1", "1<x<=5"],
+    # inequalities
+    [r"x \geq 5", r"x \ge 5", "x >= 5", "x≥5", r"x\geq 5.0"],
+    [r"5 \leq x", r"5 \le x", "5 <= x", "5≤x"],
+    ["5 < x", r"\frac{10}{2} < x"],
+    [r"1 < x \le 5", "1<x<=5"],
     [r"x \le 2 \text{ or } x \ge 5", "x >= 5, x <= 2"],
     [r"x \neq 2", r"x \ne 2"],
     # an exponent or an index of one symbol needs no braces
@@ -97,7 +99,7 @@ SAME = [
     ["1000x^2", "1,000x^2"],
     ["(1,234)", "(1, 234)"],
     # in the style of the PRM800K grader: text answers, tuples, percent, commas in numbers
-    [r"\text{even}", "even", r"\textbf{Even}", r"\mathrm{even}", "even."],
+    [r"\text{even}", "even", r"\textbf{even}", r"\mathrm{even}", "even."],
     [r"\text{no solution}", "no solution"],
     [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}", r"(\text{B})"],
 ]
@@ -135,7 +137,7 @@ WRONG = [  # gold, replies
       r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
       r"5 \text{ or more}", "> 5", "x > 5", r"5 \text{ million}", "5x", "2x = 5", "", " ",
       r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six"]),
-    ("5", ["-x = 5", r"\neg x = 5", r"\text{not } x = 5", r"-\angle A = 5"]),
+    ("5", ["-x = 5", r"\not= 5", "not = 5", r"\neg x = 5", r"\text{not } x = 5", r"-\angle A = 5"]),
     (r"^\circ", ["", " "]),
     ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
     ("30", ["5 6", "5) 6"]),
@@ -233,11 +235,15 @@ WRONG = [  # gold, replies
     ([], ["5"]),
 ]
 RARE = [  # right answers that are refused, since each would cost a rule of its own
-    ("11111111100", ["11,111,111,100"]),  # more than two commas
+    (r"\text{even}", ["Even"]),
+    (r"x \ge 5", [r"5 \le x"]),  # an inequality is read from left to right
+    ("1 < x < 5", ["5 > x > 1"]),
+    ("5.4 cents", ["5.4 cent"]),
     ("4.5e33", ["4.5 × 10³³", "4.5 * 10**33", "4.5 x 10^33"]),
     (r"(-\infty,2)", ["(-infty,2)"]),
     ("1000", ["10³"]),
     ("10", ["10 = 10", r"x \approx 10", "7+3=10", "10 kmh", r"10\text{ m}", r"10\text{ m/s}"]),
+    ("12", ["12 pounds", "12 people", "12 kilometers"]),  # not in the list of units
     (r"x \ge 5", [r"x \geqslant 5"]),
     (r"(\pm 3, 0)", ["(3,0),(-3,0)"]),
     (r"28\%", ["0.28"]),
@@ -444,7 +450,7 @@ def test_committed_cases():
 
 
 def test_each_rule_does_what_the_example_beside_it_says():
-    table = inspect.getsource(real).partition("RULES = [")[2].partition("\nNAME = ")[0]
+    table = inspect.getsource(real).partition("RULES = [")[2].partition("\nLHS = ")[0]
     examples = re.findall(r"  # (.+?) -> (.*)", table)
     assert len(examples) == len(real.RULES) > 9
     for (pattern, new), (before, after) in zip(real.RULES, examples):
@@ -453,4 +459,4 @@ def test_each_rule_does_what_the_example_beside_it_says():
 
 def test_the_examples_of_the_docstrings():
     results = doctest.testmod(real)
-    assert results.failed == 0 and results.attempted >= 2
+    assert results.failed == 0 and results.attempted >= 1
