@@ -507,13 +507,15 @@ SYMBOLS = {old: new.replace("~", " ") for new, *olds in map(str.split, r"""+- - 
     |@degrees@ ° ^\circ ^{\circ}|@percent@ % \%|@dollars@*~ \$|~1/2 ½|~ ~ $ \( \) \left \right
     \displaystyle \angle""".split("|")) for old in olds}
 UNIT = (r"((?: */h|[ /]*(?:square|cubic|per|[cdkm]m|[km]g|ft|in|inch|foot|feet|unit|meter|mile|way"
-        r"|dollar|cent|degree|second|minute|hour|day|week|month|year|point|percent)(?:e?s)?){1,4})")
+        r"|kilometer|pound|dollar|cent|people|degree|second|minute|hour|day|week|month|year|point"
+        r"|percent)(?:e?s)?){1,4})")
 NAME = r"@[a-z/]+@|[A-Za-z]{2,}(?! *\^)|[A-Za-z∞]"
 RULES = [(re.compile(pattern), new) for pattern, new in [  # ÷12 is a half, @cm@ a unit
     (r"\{([pb]matrix|array)\}(\{[clr|]+\})?|\\\\\s*(?=\\end)", " "),  # \begin{pmatrix}1 -> \begin 1
     (r"(?<=\d)(?<!\d{4})(,?\\!|\\[ ,]|\{,\}|[ ~])\s*(?=\d{3}(?![\d/]))", ""),  # 10,\!080 -> 10080
     (r"[<>]=|\^\{?\\circ\}?|\\?([A-Za-z]+|[^\d ])", lambda m: SYMBOLS.get(m[0], m[0])),  # \pi -> π
     (r"\\(text|math|mbox|operator|boxed)[a-z]* *(\{([^{}]*)\})?|\\[!,;: ]|\s", r" \3 "),  # \;1 -> 1
+    (r"(?<![A-Za-z\\])[A-Z](?=[a-z])", lambda m: m[0].lower()),  # Even -> even
     (r"^[^\d,([{]*\d{1,3}(,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),  # 1,234 -> 1234
     (r"(^ *\\{|^|,)([^,]*)±([^,]*?)(?=,|\\}|\.?$)", r"\1\2+\3,\2+-\3"),  # 1±x -> 1+x,1+-x
     (rf"(?<=[\d)}}π]){UNIT}(?![A-Za-z])", lambda m: f"@{m[1].replace(' ', '')}@"),  # 5 cm -> 5@cm@
@@ -534,6 +536,8 @@ def _value(text: str, known: dict) -> Decimal | str:
     if sign is None:
         return known[text] if text in known else Decimal(text)
     parts = [_value(part, known) for part in text.split(f" {sign} ")]
+    if sign in ">≥":  # 5 > x is x < 5
+        sign, parts = {">": "<", "≥": "≤"}[sign], parts[::-1]
     if sign in COMPUTE and {*map(type, parts)} == {Decimal}:
         return COMPUTE[sign](*parts)
     parts = [str(p.normalize(Context(700)) or 0) if type(p) is Decimal else p for p in parts]
@@ -548,7 +552,9 @@ def _read(text: str) -> str:
             rest = re.sub(r"÷ ([^\s{([]+) ([^\s{([]+)", r"( \1 / \2 )", rest)
             bracket = re.search(r"(?:({)|[([]) ([^][{}()]*) (?(1)}|[])])", rest)
             name, pair = f"@{len(known)}@", bracket[0][0] + bracket[0][-1]
-            known[name] = _value(bracket[2].replace(",", pair), known)
+            value = _value(bracket[2].replace(",", pair), known)
+            single = pair not in ("()", "{}") and not str(value).startswith("(")  # [5] is not 5
+            known[name] = f"{pair} {value}" if single else value
             rest = rest.replace(bracket[0], name)
         return known[rest]
     return re.sub(r"\{ (\S+) \}", r"\1", text)

@@ -74,11 +74,10 @@ SAME = [
     ["10", "(9+1)", "x = 10"],
     [r"[-1, -\frac{1}{2}) \cup (0, 1)", r"[-1, -\tfrac12) \cup (0, 1)"],
     ["12:00", "12:00"],
-    # inequalities
-    [r"x \geq 5", r"x \ge 5", "x >= 5", "x≥5", r"x\geq 5.0"],
-    [r"5 \leq x", r"5 \le x", "5 <= x", "5≤x"],
-    ["5 < x", r"\frac{10}{2} < x"],
-    [r"1 < x \le 5", "1<x<=5"],
+    # inequalities read in both directions
+    [r"x \geq 5", r"x \ge 5", "x >= 5", "x≥5", r"x\geq 5.0", r"5 \le x", r"5\leq x", "5 <= x"],
+    ["x > 5", "5 < x", r"\frac{10}{2} < x"],
+    [r"1 < x \le 5", r"5 \ge x > 1", "1<x<=5"],
     [r"x \le 2 \text{ or } x \ge 5", "x >= 5, x <= 2"],
     [r"x \neq 2", r"x \ne 2"],
     # an exponent or an index of one symbol needs no braces
@@ -99,7 +98,7 @@ SAME = [
     ["1000x^2", "1,000x^2"],
     ["(1,234)", "(1, 234)"],
     # in the style of the PRM800K grader: text answers, tuples, percent, commas in numbers
-    [r"\text{even}", "even", r"\textbf{even}", r"\mathrm{even}", "even."],
+    [r"\text{even}", "even", r"\textbf{Even}", r"\mathrm{even}", "even."],
     [r"\text{no solution}", "no solution"],
     [r"\text{(B)}", "B", "(B)", r"\textbf{(B)}", r"\text{B}", r"(\text{B})"],
 ]
@@ -136,7 +135,8 @@ WRONG = [  # gold, replies
       "5 | 6", r"5 \lor 6", r"\{5,6\}", "[5,6]", "5 to 6", "5-6",
       r"5\text{ cm or }6\text{ cm}", r"5\text{cm}6", "5, 5", "not 5", "5?", "5 ± 1",
       r"5 \text{ or more}", "> 5", "x > 5", r"5 \text{ million}", "5x", "2x = 5", "", " ",
-      r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six"]),
+      r"\text{}", "cm", "five or 5", r"5 \approx 6", r"5\to 6", "5@six",
+      "(5]", "[5]", "[5)"]),
     ("5", ["-x = 5", r"\not= 5", "not = 5", r"\neg x = 5", r"\text{not } x = 5", r"-\angle A = 5"]),
     (r"^\circ", ["", " "]),
     ("56", ["5 6", "5$6", r"5\!6", r"5\ 6", r"5\text{ cm}6"]),
@@ -235,15 +235,11 @@ WRONG = [  # gold, replies
     ([], ["5"]),
 ]
 RARE = [  # right answers that are refused, since each would cost a rule of its own
-    (r"\text{even}", ["Even"]),
-    (r"x \ge 5", [r"5 \le x"]),  # an inequality is read from left to right
-    ("1 < x < 5", ["5 > x > 1"]),
     ("5.4 cents", ["5.4 cent"]),
     ("4.5e33", ["4.5 × 10³³", "4.5 * 10**33", "4.5 x 10^33"]),
     (r"(-\infty,2)", ["(-infty,2)"]),
     ("1000", ["10³"]),
     ("10", ["10 = 10", r"x \approx 10", "7+3=10", "10 kmh", r"10\text{ m}", r"10\text{ m/s}"]),
-    ("12", ["12 pounds", "12 people", "12 kilometers"]),  # not in the list of units
     (r"x \ge 5", [r"x \geqslant 5"]),
     (r"(\pm 3, 0)", ["(3,0),(-3,0)"]),
     (r"28\%", ["0.28"]),
