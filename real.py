@@ -251,7 +251,8 @@ def token_logprobs(model, batch, rows, config):
     G, device = batch["mask"].shape[1], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
     n = int(mask.sum(-1).max())  # tokens of the longest of these rollouts
-    before, past = [batch["prompts"][row // G] for row in rows], {"use_cache": False}
+    before = [batch["prompts"][row // G] for row in rows]  # what is read with a completion
+    past = {"use_cache": False}
     if not config.low_memory:
         groups, repeats = (torch.tensor(rows) // G).unique_consecutive(return_counts=True)
         ids = pad_sequence([batch["prompts"][g][:-1] for g in groups], batch_first=True)
@@ -264,10 +265,11 @@ def token_logprobs(model, batch, rows, config):
         before = [q[-1:] for q in before]  # not in the cache: it predicts the first token
     ids = [torch.cat([q, o[: n - 1]]) for q, o in zip(before, completions)]
     hidden = model.base_model(input_ids=pad_sequence(ids, batch_first=True), **past)[0]
-    hidden = torch.stack([h[len(q) - 1 :][:n] for h, q in zip(hidden, before)])  # (len(rows), n, H)
+    tells = [F.pad(m[:n], (len(q) - 1, 0)) for q, m in zip(before, mask)]  # the token before o_t
+    hidden = hidden[pad_sequence(tells, batch_first=True)]  # (tokens of all rows, H)
     head = model.get_output_embeddings()  # 512 tokens at a time: logits of all would not fit
     chunks = [checkpoint(head_logprobs, h, o, head, config.temperature, use_reentrant=False)
-              for h, o in zip(hidden[mask[:, :n]].split(512), completions[mask].split(512))]
+              for h, o in zip(hidden.split(512), completions[mask].split(512))]
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(chunks))
 
 def all_logprobs(model, batch, config):
@@ -289,7 +291,7 @@ def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, cho
     and mask, (Q, G, T). Up to `slots` rollouts run side by side, each in a slot of one cache; when
     a quarter of them has ended, the next prompts are read into their slots."""
     device = model.eval().device
-    ends = torch.as_tensor(ends, device=device)
+    every, ends = 16 if device.type == "cuda" else 1, torch.as_tensor(ends, device=device)
     ids = pad_sequence(prompts, batch_first=True).repeat_interleave(G, 0)
     ids = F.pad(ids, (0, max_new_tokens + 1))  # a row: prompt, completion and a column to spare
     start = torch.tensor([len(q) for q in prompts for _ in range(G)], device=device)  # o_1's column
@@ -297,12 +299,12 @@ def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, cho
     rollout = active = at[:0]  # the rollout in each slot; the slots whose rollout has not ended
     waiting = torch.arange(len(ids), device=device)  # rollouts that have no slot yet
     cache = Slots(min(max(slots // G, 1), len(prompts)) * G, ids.shape[1] - 1)
-    bar, every = tqdm(desc="tokens", leave=False, delay=5), 16 if device.type == "cuda" else 1
+    bar = tqdm(desc="tokens", unit="", leave=False, delay=5)
     while len(waiting) or len(active):
         if len(active) <= 0.75 * len(rollout):
             free = (cache.slots - len(active)) // G * G  # whole groups
             new, waiting = waiting[:free], waiting[free:]
-            cache.refill(model, active, [prompts[i // G] for i in new[::G]], G)
+            cache.refill(model, active, [prompts[i // G] for i in new[::G].tolist()], G)
             rollout = torch.cat([rollout[active], new])
             cache.width = int(at[rollout].max())
         for _ in range(every):  # a token of every slot
