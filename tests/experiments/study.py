@@ -82,7 +82,7 @@ UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the firs
 RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
 OUTCOME = (20, 30, 40)  # the steps whose Pass@1 is the outcome; the one at step 10 is not computed
-SEEDS, NEW_SEEDS, ATLAS_SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), range(10, 30), range(5), 100, 1
+SEEDS, NEW_SEEDS, ATLAS_SEEDS, SWEEP_SEED, PROBLEM_SEED = range(10), range(10, 20), range(5), 100, 1
 BAND = 0.01
 SILENT = {"real", "grpo", "dapo", "gspo", "real_frozen", "real_sum", "real_sum_frozen",
           "real_kl_mixed", "grpo_kl_mixed"}
@@ -400,7 +400,7 @@ def families():
         (frozen, f"REAL, {name}", frozen, f"frozen, {name}") for name in REGIMES]
     again = {arm: [outcome(rows) for rows in runs]
              for arm, runs in complete("confirm", NEW_SEEDS).items()}
-    wanted["Rollouts 4 steps old, once more with twenty new seeds"] = [
+    wanted["Rollouts 4 steps old, once more with ten new seeds"] = [
         (again, "REAL, rollouts 4 steps old", again, "frozen, rollouts 4 steps old")]
     return {title: {f"{x} minus {y}": [i - j for i, j in zip(a[x], b[y])]
                     for a, x, b, y in pairs if x != y and x in a and y in b}
