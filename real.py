@@ -675,7 +675,8 @@ def load_problems(tokenizer, config, path, split, least=1):
     names = ", ".join(sorted({name for row in rows if isinstance(row, dict) for name in row}))
     refuse_if(len(problems) < least,
               f"{found}; {least} are needed: set --answer_column, --problem_column of {names}")
-    tqdm.write(found)
+    if skipped:
+        tqdm.write(found)
     return problems
 
 # ==== The run's folder ============================================================================

@@ -175,7 +175,7 @@ def test_verdicts_by_hand(study):
     assert found["far"][2] == pytest.approx(3 * p, rel=1e-6)  # after "small"
 
 
-@pytest.mark.parametrize("table", ["overview", "verdicts", "lengths", "first"])
+@pytest.mark.parametrize("table", ["overview", "verdicts", "atlas_table", "lengths", "first"])
 def test_the_studys_tables_in_the_readme_come_from_the_logs(table, capsys):
     getattr(load("study"), table)()
     printed = capsys.readouterr().out.strip()

@@ -36,7 +36,7 @@ import real  # noqa: E402
 import runlog  # noqa: E402
 
 KL = 0.001
-ALL_EIGHT = list(real.OBJECTIVES)  # of real.py; what follows adds others
+ALL_EIGHT = "real real_bce grpo dapo gspo trpa real_no_anchor grpo_bidirectional".split()
 
 
 def real_frozen(logp, old_logp, mask, labels, *, tau=0.5):
@@ -77,7 +77,7 @@ TAUS = {"frozen credit": {"objective": "real_frozen"}} | {
     f"REAL, tau {tau}": {"objective": "real", "tau": tau} for tau in (0.005, 0.05)}
 REGIMES = {  # of family (d), each REAL and frozen credit
     "one label in five flipped": {"flip": 0.2}, "rollouts 4 steps old": {"age": 4},
-    "8 epochs": {"epochs": 8, "mini_batches": 4, "warmup": 20}, "sum as logit": {"sum": True}}
+    "8 epochs": {"epochs": 8}, "sum as logit": {"sum": True}}
 UPDATES = {4: {}, 16: dict(mini_batches=16, warmup=80)}  # warm-up over the first five steps
 RATES = {4: (5e-5, 1e-4, 2e-4), 16: (2.5e-5, 5e-5, 1e-4)}
 BUDGET = dict(steps=40, eval_every=10, eval_samples=4)
@@ -425,6 +425,12 @@ def rates(experiment, log="study"):
             if run["experiment"] == experiment}
 
 
+def updates_a_step(experiment):
+    """{arm: updates a step}, all epochs together"""
+    return {run["arm"]: run["config"].get("mini_batches", 4) * run["config"].get("epochs", 1)
+            for run in runlog.read("study") if run["experiment"] == experiment}
+
+
 def taken(rows):
     """The norms of a run's updates; those without credit were not taken."""
     return [norm for row in rows for norm in row["update_norms"] if norm is not None]
@@ -440,15 +446,15 @@ def overview():
     """Print the outcome of all complete arms: mean and 95% interval over ten seeds."""
     print("| objective | updates a step | lr | Pass@1, mean of steps 20, 30, 40 | step 40 "
           "| updates taken | score / tau: median, upper decile |\n|---|---|---|---|---|---|---|")
-    for experiment, updates in (("main16", 16), ("kl", 16), ("eq9", 16), ("confirm", 16),
-                                ("main4", 4)):
-        lr = rates(experiment)
+    for experiment in ("main16", "kl", "eq9", "confirm", "main4"):
+        lr, updates = rates(experiment), updates_a_step(experiment)
         new = experiment == "confirm"
         for arm, runs in complete(experiment, NEW_SEEDS if new else SEEDS).items():
             cells = ["{:.3f} ± {:.3f}".format(*interval(values)) for values in (
                 [outcome(rows) for rows in runs], [rows[-1]["pass@1"] for rows in runs])]
             count = statistics.mean(len(taken(rows)) for rows in runs)
-            print(f"| {arm}{', new seeds' * new} | {updates} | {lr[arm]:g} | {' | '.join(cells)} "
+            name = f"{arm}, new seeds" if new else arm
+            print(f"| {name} | {updates[arm]} | {lr[arm]:g} | {' | '.join(cells)} "
                   f"| {count:.0f} | {scores(runs)} |")
     print()
 
