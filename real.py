@@ -756,6 +756,7 @@ class Run(ExitStack):
         logs = {name: (self.path / name).read_text() for name in LOGS}
         saved = {"step": step, "settings": self.settings, "logs": logs, "model": state}
         with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB"):
+            part.unlink(missing_ok=True)  # left by a kill, or a link to somebody's file
             torch.save(saved | {"adam": optimizer.state_dict()["state"]}, part)
             getattr(os, "sync", int)()  # on the disk before it gets its name
             part.replace(file)

@@ -143,9 +143,31 @@ def test_regimes_repeat_updates_and_use_the_policy_of_steps_before(study, monkey
     assert [len(row["update_norms"]) for row in rows] == [4, 4, 4]
     assert all(torch.equal(seen[i][0], seen[i + 2][0]) for i in (0, 1, 4, 5, 8, 9))
     assert all(seen[i][1] == 0 for i in (0, 4, 8)) and seen[2][1] > 0
-    seen.clear()
-    study.execute(("eq9", "old", 0, {"objective": "real", "lr": 1e-3, "age": 1}))
-    assert seen[0][1] == 0 and seen[2][1] > 0 and seen[4][1] > 0
+    for tokens in (4096, 100):  # a mini-batch in one micro-batch, and in several
+        seen.clear()
+        study.execute(("eq9", "old", 0, {"objective": "real", "lr": 1e-3, "age": 1,
+                                         "micro_batch_tokens": tokens}))
+        assert seen[0][1] == 0 and seen[2][1] > 0 and seen[4][1] > 0 and seen[1][1] > 0
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_the_reference_is_the_starting_model_in_every_regime(study, monkeypatch, age):
+    """Not the policy that sampled, which is another one from the second step on."""
+    refs, olds, real = [], [], study.real
+    plain = real.load_model(real.TINY)[0]
+    update = real.update
+
+    def look(model, optimizer, batch, config):
+        with torch.no_grad():
+            expected = all_logprobs(plain, batch, config)
+        refs.append((batch["ref_logp"] - expected).abs().max().item())
+        olds.append((batch["old_logp"] - expected).abs().max().item())
+        return update(model, optimizer, batch, config)
+    all_logprobs = real.all_logprobs
+    monkeypatch.setattr(real, "update", look)
+    monkeypatch.setattr(study, "BUDGET", dict(steps=3, eval_every=0, prompts=4, mini_batches=2))
+    study.execute(("eq9", "kl", 0, {"objective": "real", "lr": 1e-3, "kl_ref": 0.1, "age": age}))
+    assert max(refs) == 0 and olds[0] == 0 and olds[-1] > 0
 
 
 def test_other_problems_are_in_neither_file_and_flipped_labels_are_every_objective_s(study):

@@ -107,6 +107,19 @@ def test_files_with_other_names_are_never_touched(copy):
     assert metrics(copy)[-1]["step"] == 7
 
 
+def test_a_link_is_never_written_through(copy, tmp_path):
+    mine = tmp_path / "mine"
+    for name in (".checkpoint.pt", "checkpoint.pt"):
+        (copy / name).exists() and shutil.copy(copy / name, mine)
+        mine.exists() or mine.write_text("mine")
+        before = mine.read_bytes()
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(mine)
+        steps = real.read_checkpoint(copy)["step"] + 1
+        assert train(copy, "--resume", "--steps", steps, "--max_new_tokens", "8")["step"] == steps
+        assert mine.read_bytes() == before and not (copy / name).is_symlink()
+
+
 def test_a_run_leaves_these_files_and_no_others(whole):
     assert {p.name for p in whole.iterdir()} == {
         ".lock", "checkpoint.pt", "metrics.jsonl", "metrics.png", "model", "samples.jsonl"}

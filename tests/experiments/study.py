@@ -219,8 +219,8 @@ class Watch:
                                      **choose)
 
     def all_logprobs(self, model, batch, config):
-        """Those of the old policy are taken without a graph."""
-        if self.past and not torch.is_grad_enabled():
+        """pi_old is the policy that sampled; it is asked for what no batch holds yet."""
+        if self.past and model is self.trained[0] and "old_logp" not in batch:
             model = self.past[0]
         return self.real["all_logprobs"](model, batch, config)
 
