@@ -9,36 +9,28 @@ since it was sampled: push the right ones above 0 and the wrong ones below.
     python real.py --help           # every setting
 
 Where the paper is in this file          Shapes
-    Eq. 1        grpo, with kl_ref         Q   questions of a batch
+    Eq. 1, 3     grpo, its credit          Q   questions of a batch
     Eq. 2        softmax_ce                G   rollouts (sampled answers) of a question
-    Eq. 3        credit, for grpo          T   tokens of the longest rollout
-    Eq. 4        log_ratio                 logp, old_logp, mask    (Q, G, T)
-    Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G), |W| as in Eq. 9
-    Eq. 6, 7, 8  real
-    Eq. 9, 10    credit, for real        Three places to edit, marked EDIT: the objectives,
-    Eq. 11       real_bce                the labels, how answers are sampled.
+    Eq. 4, 5     log_ratio, s_bar          T   tokens of the longest rollout
+    Eq. 6, 7, 8  real                      logp, old_logp, mask    (Q, G, T)
+    Eq. 9, 10    its credit                labels, s_bar, |W|      (Q, G), |W| as in Eq. 9
+    Eq. 11       real_bce                Three places to edit are marked EDIT.
     Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
-import inspect, json, math, os, re, shlex, signal, sys, time, zlib
+import csv, inspect, io, json, math, os, re, shlex, signal, sys, time, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, localcontext
 from functools import partial
 from pathlib import Path
 
-with suppress(OSError):  # Linux: beside busy programs waiting threads must not spin; before torch
-    if int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) >= os.cpu_count():
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
-import datasets, pandas, torch, transformers
+import datasets, torch
 import torch.nn.functional as F
 from filelock import FileLock
-from pyarrow import parquet
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 TINY = str(Path(__file__).parent / "tiny")
 SUFFIX = "\nLet's think step by step and output the final answer within \\boxed{}."
@@ -58,7 +50,7 @@ def arg(default, help):
 class Config:
     """All settings of a run; the command line is made from it. Defaults: the embedded model."""
     model: str = arg(TINY, "Hugging Face model id or folder")
-    dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv .parquet file")
+    dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv file")
     dataset_config: str | None = arg(None, "configuration of a hub data set that has several")
     split: str = arg("train", "split to train on")
     eval_dataset: str = arg(TINY, "held-out problems, with the same columns")
@@ -79,7 +71,6 @@ class Config:
     steps: int = arg(80, "training steps; paper: 1,400")
     lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
     warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
-    weight_decay: float = arg(0.01, "of AdamW, Sec. 5.1")
     beta2: float = arg(0.95, "of AdamW; released code: 0.999")
     grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
     temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
@@ -105,12 +96,11 @@ class Config:
         refuse_if(self.prompts % self.mini_batches, "--prompts is no multiple of --mini_batches")
 
 RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
-    "kl_ref kl_old warmup weight_decay eval_every seed".split(), (0, 1e12))  # the others: above 0
+    "kl_ref kl_old warmup eval_every seed".split(), (0, 1e12))  # the others: above 0
 
 # ==== Objectives ==================================================================================
 # EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
 # Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
-
 def log_ratio(logp, old_logp, mask):
     """s_t = log [pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)], Eq. 4: (Q, G, T)."""
     return torch.where(mask, logp - old_logp, 0.0)
@@ -165,10 +155,6 @@ def k3(logp, other_logp, mask):
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
     return d.exp() - d - 1
 
-def kl(logp, other_logp, mask):
-    """k3, mean over tokens, then over rollouts: a term that any objective can take (Sec. 5.3)."""
-    return token_mean(k3(logp, other_logp, mask), mask).mean()
-
 def grpo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.2, drop=False):
     """GRPO, Eq. 1 without its KL (kl_ref adds it): a clipped policy gradient, mean over tokens of a
     rollout, then over rollouts. `drop`, the ablation of Fig. 2: no token outside the interval."""
@@ -216,7 +202,8 @@ def credit(logp, batch, config):
     loss = OBJECTIVES[config.objective](**settings)
     for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
         if weight:
-            loss = loss + weight * kl(logp, batch[other], batch["mask"])
+            d = k3(logp, batch[other], batch["mask"])
+            loss = loss + weight * token_mean(d, batch["mask"]).mean()
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
@@ -247,7 +234,7 @@ def token_logprobs(model, batch, rows, config):
     A prompt is read once, into a cache that its rollouts attend to; gradients flow back through it.
     Where activations are recomputed (low_memory) there can be no cache: each rollout reads it."""
     for module in model.modules():  # (critical) no dropout; layers recompute only in "training"
-        module.training = config.low_memory and isinstance(module, GradientCheckpointingLayer)
+        module.training = config.low_memory and hasattr(module, "gradient_checkpointing")
     G, device = batch["mask"].shape[1], batch["mask"].device
     completions, mask = (batch[k].flatten(0, 1)[rows] for k in ("completions", "mask"))
     n = int(mask.sum(-1).max())  # tokens of the longest of these rollouts
@@ -321,7 +308,6 @@ def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, cho
         active = (at < last)[rollout].nonzero()[:, 0]  # the host waits here, not inside a token
         refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
         bar.update(every * len(rollout))
-    bar.close()
     column = start[:, None] + torch.arange(int((last - start).max()) + 1, device=device)
     mask = column <= last[:, None]  # (critical) to the first end token, inclusive
     return [x.view(len(prompts), G, -1) for x in (ids.gather(1, column) * mask, mask)]
@@ -360,10 +346,9 @@ def validate(model, tokenizer, problems, config):
 # ==== Update and training =========================================================================
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
-    An objective couples the rollouts of a group and cannot be cut into micro-batches. The chain
-    rule can: dL/dtheta is the sum over tokens of dL/dlogp * dlogp/dtheta. `credit` gives the first
-    factor without a model, each micro-batch its share of the sum; where one is all, it keeps the
-    graph of its first pass. If push is 0, or a number not finite, the weights stay."""
+    An objective couples a group's rollouts. It is the chain rule that splits into micro-batches:
+    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta, where `credit` gives the first factor
+    without a model. One that holds all keeps its first graph. A push of 0 or NaN does nothing."""
     whole = len(micro_batches(batch, range(batch["labels"].numel()), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
@@ -383,20 +368,19 @@ def update(model, optimizer, batch, config):
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
     Validation asks `label_group` in any case. SystemExit after Ctrl-C, the step at work saved."""
-    with Run(config) as run:
-        model, tokenizer = load_model(config.model)  # lines 1 and 2
-        problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
-        held_out = []
-        if config.eval_every:
-            held_out = load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
-        check_model(model, tokenizer, problems + held_out, config)
-        run.start(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
+    model, tokenizer = load_model(config.model)  # lines 1 and 2
+    problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
+    data = config.eval_dataset, config.eval_split
+    held_out = load_problems(tokenizer, config, *data) if config.eval_every else []
+    check_model(model, tokenizer, problems + held_out, config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with Run(config, model, problems) as run:
         optimizer = make_optimizer(model, config)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam")})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam", {})})
         policies = {"old_logp": model}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
             policies["ref_logp"] = load_model(config.model, model.dtype)[0].to(model.device)
-        for step in tqdm(range(run.done + 1, config.steps + 1), unit="step"):  # line 3
+        for step in tqdm(range(run.saved["step"] + 1, config.steps + 1), unit="step"):  # line 3
             row = {}
             if held_out and step == 1:
                 row["pass@1_before"] = validate(model, tokenizer, held_out, config)
@@ -404,9 +388,8 @@ def train(config, label=label_group):
             torch.manual_seed(config.seed * 1_000_003 + step)
             questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
             batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
-            size = config.prompts // config.mini_batches
-            minis = [{k: v[i : i + size] for k, v in batch.items()}
-                     for i in range(0, config.prompts, size)]
+            Q, size = config.prompts, config.prompts // config.mini_batches
+            minis = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, Q, size)]
             # line 5, pi_old: its log-probabilities. (critical) By the very passes of `update`, so
             with torch.no_grad():  # that s_bar is exactly 0 before the step's first update
                 for mini in minis:
@@ -430,7 +413,6 @@ def train(config, label=label_group):
 class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
     `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
-
     def __init__(self, slots, columns):
         self.slots, self.columns, self.kv = slots, columns, []
 
@@ -456,49 +438,41 @@ class Slots:
 
 def draw(problems, step, config):
     """The questions of a step. Each pass over the data is a new order that the seed decides."""
-    chosen = []
-    for i in range((step - 1) * config.prompts, step * config.prompts):
-        epoch, k = divmod(i, len(problems))
-        order = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        chosen.append(problems[torch.randperm(len(problems), generator=order)[k]])
-    return chosen
+    random, end = torch.Generator().manual_seed(config.seed * 1_000_003), step * config.prompts
+    passes = [torch.randperm(len(problems), generator=random) for _ in range(0, end, len(problems))]
+    return [problems[i] for i in torch.cat(passes)[end - config.prompts : end]]
 
 def metrics(batch, minis, updates):
     """What a step did, as numbers; the README says what each means."""
     labels, mask = batch["labels"], batch["mask"]
-    s, weight = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
+    s, w = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
     loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
     means = {"reward": labels, "solved": labels.all(-1), "mixed": is_mixed(labels),
              "cut_off": ~batch["ended"], "response_length": mask.sum(-1)}
     return {k: x.float().mean() for k, x in means.items()} | {
         "loss": loss.mean(), "grad_norm": norm.max(), "skipped": (~(loss + norm).isfinite()).sum(),
         "entropy": -torch.cat([x["old_logp"] for x in minis])[mask].mean(),  # estimated: o ~ pi_old
-        "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(),
-        "s_abs_median": s.abs().median(), "s_abs_90": s.abs().quantile(0.9),
-        "max_weight": weight.max(), "spread_weight": weight.std()}
+        "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(), "max_weight": w.max()}
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
     At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. The
     originals are on the CPU: gradients move there as soon as they exist, new weights return."""
-    refuse_if(not all(p.requires_grad for p in model.parameters()), "an adapter: merge it first")
     home = {}
     if config.low_memory:
         model.activation_checkpointing_enable()
         home = {p: p.detach().cpu().requires_grad_() for p in model.parameters()}
         transit = torch.empty(max(p.numel() for p in home), dtype=torch.bfloat16,
                               pin_memory=torch.cuda.is_available())  # pinned: fast to copy to
-
         def move(p):
             home[p].grad += transit[: p.numel()].view_as(p).copy_(p.grad)
             p.grad = None
-
         for p, w in home.items():
             p.data = p.data.bfloat16()  # (critical) not the buffers: rounded rotary phases are off
             w.grad = torch.zeros_like(w)
             p.register_post_accumulate_grad_hook(move)
     optimizer = torch.optim.AdamW(home.values() or model.parameters(), config.lr,
-                                  (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+                                  (0.9, config.beta2), weight_decay=0.01, fused=True)  # Sec. 5.1
     optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
     return optimizer
 
@@ -583,8 +557,7 @@ def extract_answer(response: str) -> str | None:
 def is_correct(response: str, answer: str | float | list) -> bool:
     r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
     >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
-    (True, False)
-    """
+    (True, False)"""
     reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
@@ -602,9 +575,7 @@ def load_model(name, dtype=torch.float32):
     """A causal language model, in fp32 unless asked, and its tokenizer, from hub or folder."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    refuse_if(report["missing_keys"], f"model {name} lacks {[*report['missing_keys']][:1]}")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
@@ -633,12 +604,9 @@ def load_rows(path, name, split):
         file = Path(path, f"{split}.jsonl") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
-        if file.suffix == ".parquet":
-            return parquet.read_table(file).to_pylist()  # datasets would keep an older copy
-        if file.suffix == ".csv":  # as if without a header: else more fields than names move all
-            names, *rows = pandas.read_csv(file, header=None, dtype=str, na_filter=False).values
-            return [dict(zip(names, row)) for row in rows]
         text = file.read_text(encoding="utf-8-sig").strip()
+        if file.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(text)))  # fields without a name are at row[None]
         rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
         return json.loads(rows, parse_int=str, parse_float=str)
 
@@ -664,19 +632,16 @@ def load_problems(tokenizer, config, path, split, least=1):
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
-        if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens:
+        if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens and None not in row:
             problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
             skipped = skipped or number
     found = f"{path}: {len(problems)} usable rows of {len(rows)}"
+    refuse_if(len(problems) < least, f"{found}; {least} are needed: set --answer_column, "
+              f"--problem_column or --max_prompt_tokens for rows like {str(rows[:1])[:200]}")
     if skipped:
-        found += f"; row {skipped} lacks problem or answer or is over --max_prompt_tokens"
-    names = ", ".join(sorted({name for row in rows if isinstance(row, dict) for name in row}))
-    refuse_if(len(problems) < least,
-              f"{found}; {least} are needed: set --answer_column, --problem_column of {names}")
-    if skipped:
-        tqdm.write(found)
+        tqdm.write(f"{found}; row {skipped} lacks problem or answer or is too long")
     return problems
 
 # ==== The run's folder ============================================================================
@@ -688,47 +653,38 @@ def read_checkpoint(folder):
     """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
         saved = torch.load(file, "cpu", weights_only=True)
-        return {key: saved[key] for key in ("step", "settings", "logs", "model", "adam")}
+        return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 
 class Run(ExitStack):
-    """A run's folder: metrics.jsonl, samples.jsonl, checkpoint.pt with all it takes to go on, and
-    in the end metrics.png and model/. Nothing else is touched."""
-
-    def __init__(self, config):
+    """A run's folder: two logs, checkpoint.pt with all it takes to go on, and in the end model/."""
+    def __init__(self, config, model, problems):
         super().__init__()
         self.config, self.path, self.signal = config, Path(config.output_dir), 0
+        self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_if(not config.resume and {*os.listdir(self.path)} - {".lock"},
                   f"{self.path} is not empty: --resume goes on with a run, else --output_dir NEW")
-        self.saved = read_checkpoint(self.path) if config.resume else {"step": 0, "adam": {}}
-        self.done = self.saved["step"]
-        refuse_if(self.done > config.steps, f"{self.path} has done {self.done} --steps already")
+        self.saved = saved = read_checkpoint(self.path) if config.resume else {"step": 0}
+        refuse_if(saved["step"] > config.steps, f"{self.path} has done {saved['step']} --steps")
+        refuse_if(saved.get("data", self.data) != self.data, f"{self.path} has other problems")
         with reading(f"{self.path}, in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
+        if config.resume:
+            with reading(self.path / "checkpoint.pt"):
+                model.load_state_dict(saved.pop("model"))
+                for name in LOGS:
+                    (self.path / name).write_text(saved["logs"][name])
         self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
+        n = model.num_parameters()
+        tqdm.write(f"{n:,} parameters on {model.device}; {self.path} grows to {n * 28e-9:.2g} GB")
 
     def stop(self, number, frame):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
         again = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
-        print(f"\nStopping after this step. Go on with: cd {shlex.quote(os.getcwd())} && {again}",
-              file=sys.stderr)
-
-    def start(self, model, problems):
-        """Take over weights and logs of the checkpoint; only from here on the folder is written."""
-        known = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
-        self.settings = asdict(self.config) | {"problems": known}
-        if self.done:
-            with reading(self.path / "checkpoint.pt"):
-                refuse_if(self.saved["settings"]["problems"] != known,
-                          f"{self.path} began with other problems: name them by --dataset")
-                model.load_state_dict(self.saved.pop("model"))
-                for name in LOGS:
-                    (self.path / name).write_text(self.saved["logs"][name])
-        n = model.num_parameters()
-        tqdm.write(f"{n:,} parameters on {model.device}; {self.path} grows to {n * 28e-9:.2g} GB")
+        sys.stderr.write(f"\nLast step. Go on with: cd {shlex.quote(os.getcwd())} && {again}\n")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
@@ -754,27 +710,20 @@ class Run(ExitStack):
         fp32 = dict(zip(model.parameters(), optimizer.param_groups[0]["params"]))
         state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
         logs = {name: (self.path / name).read_text() for name in LOGS}
-        saved = {"step": step, "settings": self.settings, "logs": logs, "model": state}
+        saved = {"step": step, "settings": asdict(self.config), "data": self.data, "logs": logs}
         with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB"):
-            part.unlink(missing_ok=True)  # left by a kill, or a link to somebody's file
-            torch.save(saved | {"adam": optimizer.state_dict()["state"]}, part)
+            torch.save(saved | {"model": state, "adam": optimizer.state_dict()["state"]}, part)
             getattr(os, "sync", int)()  # on the disk before it gets its name
             part.replace(file)
 
     def finish(self, model, tokenizer):
-        """Write the model as other tools load it, and draw the log. Returns the log's last row."""
+        """Write the model as other tools load it. Returns the log's last row."""
         with reading(self.path / "model"):
             model.save_pretrained(self.path / "model")
             tokenizer.save_pretrained(self.path / "model")
         rows = [json.loads(line) for line in (self.path / LOGS[0]).open()]
         if rows[-1]["step"] < self.config.steps:  # a signal
             raise SystemExit(128 + self.signal)
-        with suppress(ImportError):  # the picture needs matplotlib
-            from matplotlib.figure import Figure
-            axes = Figure((16, 6), layout="constrained").subplots(2, 5)
-            table = pandas.DataFrame(rows, columns=["step", *SHOWN], dtype=float)
-            table.plot("step", subplots=True, ax=axes, style=".-")
-            axes[0, 0].figure.savefig(self.path / "metrics.png")
         if "pass@1_before" in rows[0] and "pass@1" in rows[-1]:
             tqdm.write(f"Pass@1 {rows[0]['pass@1_before']:.2f} -> {rows[-1]['pass@1']:.2f} "
                        f"in {sum(row['seconds'] for row in rows):.0f} s")
@@ -788,15 +737,11 @@ PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
     dataset="agentica-org/DeepScaleR-Preview-Dataset", prompts=128, steps=1400, eval_samples=16,
     eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", max_new_tokens=8192, eval_every=50)
 PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
-    "paper-7b": PAPER | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", lr=1e-6, steps=1000,
-                             slots=104, micro_batch_tokens=36864),
-    "1.5b": PAPER | ONE_CARD | dict(
-        eval_dataset="HuggingFaceH4/MATH-500", eval_split="test", eval_every=30, slots=48,
-        prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
-    "0.5b": ONE_CARD | dict(
-        model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", dataset_config="main",
-        eval_dataset="openai/gsm8k", problem_column="question", eval_every=25, slots=128, lr=1e-6,
-        mini_batches=2, steps=100, max_new_tokens=512, temperature=1.0)}
+    "1.5b": PAPER | ONE_CARD | dict(eval_dataset="HuggingFaceH4/MATH-500", eval_split="test",
+        eval_every=30, slots=48, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
+    "0.5b": ONE_CARD | dict(model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", lr=1e-6,
+        dataset_config="main", eval_dataset="openai/gsm8k", problem_column="question", slots=128,
+        eval_every=25, mini_batches=2, steps=100, max_new_tokens=512, temperature=1.0)}
 
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset's."""
@@ -816,25 +761,18 @@ def parse(argv=None):
 @contextmanager
 def one_line_errors():
     """Bad input ends in one line and exit code 2; a defect of ours shows its traceback."""
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # a notebook's stream takes any text
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:
-        error = str(e)
-        if isinstance(e, BrokenPipeError):  # `| head`: silent, as an exit would flush once more
-            os._exit(2)
-        if isinstance(e, MemoryError) or "allocate" in error:  # as torch says
-            error = ("out of memory: if it was sampling lower --slots, if updating "
-                     "--micro_batch_tokens, or set --low_memory true")
-        elif not isinstance(e, (UserError, OSError)):
+        full = isinstance(e, MemoryError) or "allocate" in str(e)  # as torch says
+        if not full and not isinstance(e, (UserError, OSError)):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {repr(error)[1:-1]}", file=sys.stderr)
+        advice = "lower --slots if it was sampling, else --micro_batch_tokens; " * full
+        print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
