@@ -6,14 +6,14 @@ since it was sampled: push the right ones above 0 and the wrong ones below.
 
     python real.py                  # the embedded tiny model, about a minute on 2 CPU cores
     python real.py --preset 0.5b    # Qwen2.5-0.5B-Instruct on GSM8K, one GPU of 8 GB or more
-    python real.py --help           # every setting
 
 Where the paper is in this file          Shapes
-    Eq. 1, 3     grpo, its credit          Q   questions of a batch
+    Eq. 1        grpo                      Q   questions of a batch
     Eq. 2        softmax_ce                G   rollouts (sampled answers) of a question
-    Eq. 4, 5     log_ratio, s_bar          T   tokens of the longest rollout
-    Eq. 6, 7, 8  real                      logp, old_logp, mask    (Q, G, T)
-    Eq. 9, 10    its credit                labels, s_bar, |W|      (Q, G), |W| as in Eq. 9
+    Eq. 3, 9, 10 credit                    T   tokens of the longest rollout
+    Eq. 4        log_ratio                 logp, old_logp, mask    (Q, G, T)
+    Eq. 5        s_bar                     labels, s_bar, |W|      (Q, G), |W| as in Eq. 9
+    Eq. 6, 7, 8  real
     Eq. 11       real_bce                Three places to edit are marked EDIT.
     Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
@@ -149,11 +149,11 @@ def clipped(s, labels, eps_low, eps_high):
     rho = s.clamp(-20, 20).exp()
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
-def k3(logp, other_logp, mask):
-    """KL(pi || pi_other), estimated per token: e^d - d - 1 >= 0 with d = log pi_other - log pi.
-    Unbiased for tokens that pi itself has drawn; here pi_old has, which is pi at first."""
+def kl(logp, other_logp, mask):
+    """KL(pi || pi_other), estimated by e^d - d - 1 >= 0 with d = log pi_other - log pi of a token,
+    unbiased if pi has drawn it; here pi_old has, which is pi at first. Mean as in Eq. 1."""
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
-    return d.exp() - d - 1
+    return token_mean(d.exp() - d - 1, mask).mean()
 
 def grpo(logp, old_logp, mask, labels, *, eps_low=0.2, eps_high=0.2, drop=False):
     """GRPO, Eq. 1 without its KL (kl_ref adds it): a clipped policy gradient, mean over tokens of a
@@ -182,7 +182,8 @@ def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
     pair = labels[:, :, None] > labels[:, None, :]  # (Q, G, G): the first right, the second wrong
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
     loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
-    to_old = torch.where(mask, k3(logp, old_logp, mask).clamp(max=10), 0.0).sum()
+    d = log_ratio(old_logp, logp, mask).clamp(-20, 20)  # as in kl
+    to_old = (d.exp() - d - 1).clamp(max=10).sum()
     return loss.mean() + 0.001 * to_old / mask.sum().clamp(min=1)
 
 OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
@@ -202,8 +203,7 @@ def credit(logp, batch, config):
     loss = OBJECTIVES[config.objective](**settings)
     for weight, other in (config.kl_ref, "ref_logp"), (config.kl_old, "old_logp"):
         if weight:
-            d = k3(logp, batch[other], batch["mask"])
-            loss = loss + weight * token_mean(d, batch["mask"]).mean()
+            loss = loss + weight * kl(logp, batch[other], batch["mask"])
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 # ==== Log-probabilities ===========================================================================
@@ -448,7 +448,7 @@ def metrics(batch, minis, updates):
     s, w = (torch.cat([u[k] for u in updates]) for k in ("s_bar", "weight"))  # (Q, G)
     loss, norm = (torch.stack([u[k] for u in updates]) for k in ("loss", "grad_norm"))
     means = {"reward": labels, "solved": labels.all(-1), "mixed": is_mixed(labels),
-             "cut_off": ~batch["ended"], "response_length": mask.sum(-1)}
+             "cut_off": ~batch["ended"], "response_length": mask.sum(-1), "s_abs": s.abs()}
     return {k: x.float().mean() for k, x in means.items()} | {
         "loss": loss.mean(), "grad_norm": norm.max(), "skipped": (~(loss + norm).isfinite()).sum(),
         "entropy": -torch.cat([x["old_logp"] for x in minis])[mask].mean(),  # estimated: o ~ pi_old
@@ -575,7 +575,9 @@ def load_model(name, dtype=torch.float32):
     """A causal language model, in fp32 unless asked, and its tokenizer, from hub or folder."""
     with reading(f"model {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        refuse_if(report["missing_keys"], f"model {name} lacks {[*report['missing_keys']][:1]}")
     return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
@@ -641,7 +643,7 @@ def load_problems(tokenizer, config, path, split, least=1):
     refuse_if(len(problems) < least, f"{found}; {least} are needed: set --answer_column, "
               f"--problem_column or --max_prompt_tokens for rows like {str(rows[:1])[:200]}")
     if skipped:
-        tqdm.write(f"{found}; row {skipped} lacks problem or answer or is too long")
+        tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or torn")
     return problems
 
 # ==== The run's folder ============================================================================
@@ -677,8 +679,7 @@ class Run(ExitStack):
         self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
-        n = model.num_parameters()
-        tqdm.write(f"{n:,} parameters on {model.device}; {self.path} grows to {n * 28e-9:.2g} GB")
+        tqdm.write(f"{model.num_parameters():,} parameters on {model.device}")
 
     def stop(self, number, frame):
         self.signal = number
@@ -754,8 +755,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
-    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every,
-              "--eval_dataset: name held-out problems for --dataset, or set --eval_every 0")
+    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every, "set --eval_dataset")
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 @contextmanager
@@ -771,7 +771,7 @@ def one_line_errors():
         full = isinstance(e, MemoryError) or "allocate" in str(e)  # as torch says
         if not full and not isinstance(e, (UserError, OSError)):
             raise
-        advice = "lower --slots if it was sampling, else --micro_batch_tokens; " * full
+        advice = "out of memory: lower --slots if sampling, else --micro_batch_tokens; " * full
         print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
         sys.exit(2)
 

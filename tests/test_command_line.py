@@ -51,7 +51,7 @@ def test_no_number_may_be_negative_or_infinite(name, value):
         Config(**{name: value})
 
 
-MAY_BE_0 = "kl_ref kl_old warmup weight_decay eval_every seed beta2".split()
+MAY_BE_0 = "kl_ref kl_old warmup eval_every seed beta2".split()
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in MAY_BE_0])
@@ -102,14 +102,12 @@ def test_a_preset_goes_through_the_parser_and_a_flag_overrides_it(name):
 def test_the_presets_of_the_paper_are_those_of_section_5_1():
     paper = real.parse(["--preset", "paper"])
     assert (paper.tau, paper.prompts, paper.group_size, paper.mini_batches) == (0.5, 128, 8, 4)
-    assert (paper.lr, paper.temperature, paper.weight_decay) == (2e-6, 0.6, 0.01)
+    assert (paper.lr, paper.temperature) == (2e-6, 0.6)
     assert (paper.max_new_tokens, paper.steps, paper.eval_samples) == (8192, 1400, 16)
-    large = real.parse(["--preset", "paper-7b"])
-    assert (large.lr, large.steps, large.tau) == (1e-6, 1000, 0.5)
 
 
 README = re.findall(r"^ *\$? ?python3? real\.py *(.*?) *(?:#.*)?$",
-                    (ROOT / "README.md").read_text(), re.M)
+                    (ROOT / "README.md").read_text().replace("\\\n", ""), re.M)
 
 
 @pytest.mark.parametrize("command", sorted(set(README)))

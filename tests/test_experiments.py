@@ -223,3 +223,13 @@ def test_random_labels_are_shuffled_within_a_mini_batch(tmp_path, monkeypatch):
     assert run["arm"] == "random labels" and run["rows"][0]["step"] == 1
     right = sum(int(labels.sum()) for labels in seen)
     assert right == round(run["rows"][0]["reward"] * 32)
+
+
+def test_a_run_is_drawn_while_it_grows(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": 1, "pass@1_before": 0.3, "reward": 0.2, "s_positive": None, "max_weight": 1.0},
+            {"step": 2, "pass@1": 0.4, "reward": 0.3, "s_positive": 0.1, "max_weight": 1.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = Path(__file__).parent / "experiments" / "draw_run.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, capture_output=True)
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000

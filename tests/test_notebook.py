@@ -62,7 +62,7 @@ def redefined(source):
         "real.credit = None",
         "for s_bar in (): pass",
         "from other import train",
-        "import other as k3",
+        "import other as kl",
     ],
 )
 def test_redefinition_is_noticed(source):

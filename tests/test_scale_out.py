@@ -211,10 +211,10 @@ def test_the_commands_of_the_readme_are_the_paper_s(monkeypatch, processes, part
     paper = real.Config(**real.PRESETS["paper"])
     assert own.model == paper.model and own.dataset == paper.dataset
     same = {"temperature": "temperature", "max_completion_length": "max_new_tokens",
-            "learning_rate": "lr", "weight_decay": "weight_decay", "adam_beta2": "beta2",
-            "max_grad_norm": "grad_clip", "warmup_steps": "warmup"}
+            "learning_rate": "lr", "adam_beta2": "beta2", "max_grad_norm": "grad_clip",
+            "warmup_steps": "warmup"}
     assert {a: getattr(args, a) for a in same} == {a: getattr(paper, b) for a, b in same.items()}
-    assert args.max_steps == paper.steps * paper.mini_batches
+    assert args.weight_decay == 0.01 and args.max_steps == paper.steps * paper.mini_batches
 
 
 @pytest.mark.slow

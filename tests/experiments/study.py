@@ -58,7 +58,8 @@ def real_sum_frozen(logp, old_logp, mask, labels, *, tau=0.5):
 def with_kl_on_mixed(objective):
     """The objective plus a KL to the starting model that leaves uniform groups alone."""
     def loss(logp, old_logp, mask, labels, *, ref_logp):
-        to_ref = real.token_mean(real.k3(logp, ref_logp, mask), mask).mean(-1)  # (Q,)
+        d = real.log_ratio(ref_logp, logp, mask).clamp(-20, 20)  # as in real.kl
+        to_ref = real.token_mean(d.exp() - d - 1, mask).mean(-1)  # (Q,)
         on_mixed = torch.where(real.is_mixed(labels), to_ref, 0.0).mean()
         return objective(logp, old_logp, mask, labels) + KL * on_mixed
     return loss
