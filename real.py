@@ -269,8 +269,8 @@ def all_logprobs(model, batch, config):
 # ==== Sampling ====================================================================================
 def next_token(logits, temperature):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
-    p = (logits.float() / temperature).softmax(-1)
-    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # a race: i is first with p_i
+    c = (logits.float() / temperature).softmax(-1).cumsum(-1)  # the distribution function
+    return (c < (1 - torch.rand_like(c[:, :1])) * c[:, -1:]).sum(-1)  # where it passes u in (0, 1]
 
 @torch.no_grad()
 def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, choose=None):

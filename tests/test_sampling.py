@@ -48,6 +48,14 @@ def answers(model, prompt, length, end, temperature, top_p):
     return found
 
 
+@pytest.mark.parametrize("drawn, expected", [(0.0, 2), (1 - 2**-24, 1)])
+def test_an_impossible_token_is_never_drawn(drawn, expected, monkeypatch):
+    """Not even at the smallest and the largest number that torch.rand can return."""
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, drawn))
+    logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf, -math.inf]] * 3)
+    assert real.next_token(logits, 1.0).tolist() == [expected] * 3
+
+
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9)])
 @pytest.mark.parametrize("slots", [8000, 400])
 def test_samples_follow_the_model(temperature, top_p, slots):
