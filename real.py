@@ -42,7 +42,7 @@ def refuse_if(wrong, what):
     if wrong:
         raise UserError(what)
 
-# ==== Configuration ===============================================================================
+# ==== Configuration ===================================================
 def arg(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -51,7 +51,7 @@ class Config:
     """All settings of a run; the command line is made from it. Defaults: the embedded model."""
     model: str = arg(TINY, "Hugging Face model id or folder")
     dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv file")
-    dataset_config: str | None = arg(None, "configuration of a hub data set that has several")
+    dataset_config: str | None = arg(None, "configuration of a hub data set")
     split: str = arg("train", "split to train on")
     eval_dataset: str = arg(TINY, "held-out problems, with the same columns")
     eval_split: str = arg("test", "split to validate on")
@@ -76,7 +76,7 @@ class Config:
     temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
     max_prompt_tokens: int = arg(1024, "longer prompts are skipped, released code")
     max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
-    slots: int = arg(2048, "rollouts sampled side by side; each takes memory for its cache")
+    slots: int = arg(2048, "rollouts sampled side by side, each with a cache")
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
     low_memory: bool = arg(False, "bf16 copy on the GPU, to recompute; fp32 and AdamW on the CPU")
     eval_every: int = arg(20, "steps between validations, also one before and after; 0: none")
@@ -98,7 +98,7 @@ class Config:
 RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
     "kl_ref kl_old warmup eval_every seed".split(), (0, 1e12))  # the others: above 0
 
-# ==== Objectives ==================================================================================
+# ==== Objectives ======================================================
 # EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
 # Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
 def log_ratio(logp, old_logp, mask):
@@ -206,7 +206,7 @@ def credit(logp, batch, config):
             loss = loss + weight * kl(logp, batch[other], batch["mask"])
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
-# ==== Log-probabilities ===========================================================================
+# ==== Log-probabilities ===============================================
 def micro_batches(batch, rows, config):
     """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
@@ -266,11 +266,11 @@ def all_logprobs(model, batch, config):
         logp[rows] = token_logprobs(model, batch, rows, config)
     return logp.view(batch["mask"].shape)
 
-# ==== Sampling ====================================================================================
+# ==== Sampling ========================================================
 def next_token(logits, temperature):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
-    c = (logits.float() / temperature).softmax(-1).cumsum(-1)  # the distribution function
-    return (c < (1 - torch.rand_like(c[:, :1])) * c[:, -1:]).sum(-1)  # where it passes u in (0, 1]
+    c = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.double)
+    return (c < (1 - torch.rand_like(c[:, :1])) * c[:, -1:]).sum(-1)  # where c passes a u in (0, 1]
 
 @torch.no_grad()
 def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, choose=None):
@@ -343,12 +343,12 @@ def validate(model, tokenizer, problems, config):
     batch = rollouts(model, tokenizer, problems[: config.eval_limit], config.eval_samples, config)
     return batch["labels"].float().mean().item()
 
-# ==== Update and training =========================================================================
+# ==== Update and training =============================================
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
     An objective couples a group's rollouts. It is the chain rule that splits into micro-batches:
     dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta, where `credit` gives the first factor
-    without a model. One that holds all keeps its first graph. A push of 0 or NaN does nothing."""
+    without a model. If one micro-batch holds all, its graph is kept. No push, or NaN: no step."""
     whole = len(micro_batches(batch, range(batch["labels"].numel()), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
@@ -368,30 +368,29 @@ def update(model, optimizer, batch, config):
 def train(config, label=label_group):
     """Algorithm 1; `label(problem, texts)` gives the G labels of a group. Returns the last log row.
     Validation asks `label_group` in any case. SystemExit after Ctrl-C, the step at work saved."""
-    model, tokenizer = load_model(config.model)  # lines 1 and 2
-    problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
-    data = config.eval_dataset, config.eval_split
-    held_out = load_problems(tokenizer, config, *data) if config.eval_every else []
-    check_model(model, tokenizer, problems + held_out, config)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with Run(config, model, problems) as run:
+    with Run(config) as run:
+        model, tokenizer = load_model(config.model)  # lines 1 and 2
+        problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
+        held = config.eval_dataset, config.eval_split
+        held_out = load_problems(tokenizer, config, *held) if config.eval_every else []
+        check_model(model, tokenizer, problems + held_out, config)
+        run.restore(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
         optimizer = make_optimizer(model, config)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam", {})})
         policies = {"old_logp": model}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
             policies["ref_logp"] = load_model(config.model, model.dtype)[0].to(model.device)
         for step in tqdm(range(run.saved["step"] + 1, config.steps + 1), unit="step"):  # line 3
-            row = {}
-            if held_out and step == 1:
-                row["pass@1_before"] = validate(model, tokenizer, held_out, config)
+            first = held_out and step == 1
+            row = {"pass@1_before": validate(model, tokenizer, held_out, config)} if first else {}
             began = time.time()
             torch.manual_seed(config.seed * 1_000_003 + step)
             questions = draw(problems, step, config)  # line 4; then lines 6 and 7:
             batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
             Q, size = config.prompts, config.prompts // config.mini_batches
             minis = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, Q, size)]
-            # line 5, pi_old: its log-probabilities. (critical) By the very passes of `update`, so
-            with torch.no_grad():  # that s_bar is exactly 0 before the step's first update
+            # line 5: log-probabilities of pi_old, (critical) by the very passes of `update`
+            with torch.no_grad():  # so that s_bar is exactly 0 before the step's first update
                 for mini in minis:
                     mini |= {k: all_logprobs(pi, mini, config) for k, pi in policies.items()}
             updates = []
@@ -409,7 +408,7 @@ def train(config, label=label_group):
                 break
         return run.finish(model, tokenizer)  # line 13
 
-# ==== Here the algorithm ends. What follows serves it. ============================================
+# ==== Here the algorithm ends. What follows serves it. ================
 class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
     `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
@@ -476,7 +475,7 @@ def make_optimizer(model, config):
     optimizer.register_step_post_hook(lambda *_: [p.data.copy_(w) for p, w in home.items()])
     return optimizer
 
-# ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules =================
+# ==== Labels: r(o | q) of Algorithm 1, a checker that is a table of rewrite rules ====
 SYMBOLS = {old: new.replace("~", " ") for new, *olds in map(str.split, r"""+- - − –|/ ÷|= \in|± \pm
     |* × · \times \cdot|÷ \frac \dfrac \tfrac|½√ √ sqrt \sqrt|π pi \pi|∞ \infty|≤ <= \le \leq
     |≥ >= \ge \geq|\ne not \not \neq|∪ \cup \bigcup|,~ ; and or & \quad|[( \begin|),( \\|)] \end
@@ -561,7 +560,7 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
-# ==== Models and data =============================================================================
+# ==== Models and data =================================================
 @contextmanager
 def reading(what):
     """Whatever a library raises about somebody's files becomes one line that names them."""
@@ -577,7 +576,8 @@ def load_model(name, dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-        refuse_if(report["missing_keys"], f"model {name} lacks {[*report['missing_keys']][:1]}")
+        frozen = not all(p.requires_grad for p in model.parameters())
+        refuse_if(frozen or report["missing_keys"], f"model {name}: weights are missing or frozen")
     return model, tokenizer
 
 def check_model(model, tokenizer, problems, config):
@@ -589,7 +589,6 @@ def check_model(model, tokenizer, problems, config):
         room = min(map(int, limits), default=longest)
         refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
-        # long and short side by side, and two more in the slots that they leave
         four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
         greedy = replace(config, max_new_tokens=4, temperature=1e-9, slots=4)
         batch = rollouts(model, tokenizer, four, 2, greedy, lambda q, texts: [0, 1])
@@ -608,9 +607,9 @@ def load_rows(path, name, split):
             return list(datasets.load_dataset(str(path), name, split=split))
         text = file.read_text(encoding="utf-8-sig").strip()
         if file.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text)))  # fields without a name are at row[None]
+            return list(csv.DictReader(io.StringIO(text), strict=True))  # [None]: fields too many
         rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
-        return json.loads(rows, parse_int=str, parse_float=str)
+        return [dict(row) for row in json.loads(rows, parse_int=str, parse_float=str)]
 
 def read_column(row, column):
     """The texts at a place such as prompt[0].content; of a chat, all that its messages say."""
@@ -641,12 +640,12 @@ def load_problems(tokenizer, config, path, split, least=1):
             skipped = skipped or number
     found = f"{path}: {len(problems)} usable rows of {len(rows)}"
     refuse_if(len(problems) < least, f"{found}; {least} are needed: set --answer_column, "
-              f"--problem_column or --max_prompt_tokens for rows like {str(rows[:1])[:200]}")
+              f"--problem_column or --max_prompt_tokens; columns: {[*rows[0]] if rows else 0}")
     if skipped:
-        tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or torn")
+        tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or malformed")
     return problems
 
-# ==== The run's folder ============================================================================
+# ==== The run's folder ================================================
 LOGS = "metrics.jsonl", "samples.jsonl"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
@@ -659,33 +658,36 @@ def read_checkpoint(folder):
 
 class Run(ExitStack):
     """A run's folder: two logs, checkpoint.pt with all it takes to go on, and in the end model/."""
-    def __init__(self, config, model, problems):
+    def __init__(self, config):
         super().__init__()
         self.config, self.path, self.signal = config, Path(config.output_dir), 0
-        self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
         self.path.mkdir(parents=True, exist_ok=True)
         refuse_if(not config.resume and {*os.listdir(self.path)} - {".lock"},
                   f"{self.path} is not empty: --resume goes on with a run, else --output_dir NEW")
         self.saved = saved = read_checkpoint(self.path) if config.resume else {"step": 0}
         refuse_if(saved["step"] > config.steps, f"{self.path} has done {saved['step']} --steps")
-        refuse_if(saved.get("data", self.data) != self.data, f"{self.path} has other problems")
         with reading(f"{self.path}, in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
-        if config.resume:
-            with reading(self.path / "checkpoint.pt"):
-                model.load_state_dict(saved.pop("model"))
-                for name in LOGS:
-                    (self.path / name).write_text(saved["logs"][name])
         self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
-        tqdm.write(f"{model.num_parameters():,} parameters on {model.device}")
 
     def stop(self, number, frame):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
-        again = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
-        sys.stderr.write(f"\nLast step. Go on with: cd {shlex.quote(os.getcwd())} && {again}\n")
+        go_on = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
+        sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
+
+    def restore(self, model, problems):
+        """Take over weights and logs of the checkpoint; only from here on the folder is written."""
+        self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
+        refuse_if(self.data != self.saved.get("data", self.data), f"{self.path}: another --dataset")
+        if self.config.resume:
+            with reading(self.path / "checkpoint.pt"):
+                model.load_state_dict(self.saved.pop("model"))
+                for name in LOGS:
+                    (self.path / name).write_text(self.saved["logs"][name])
+        tqdm.write(f"{model.num_parameters():,} parameters on {model.device}")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
@@ -730,13 +732,13 @@ class Run(ExitStack):
                        f"in {sum(row['seconds'] for row in rows):.0f} s")
         return rows[-1]
 
-# ==== Command line ================================================================================
+# ==== Command line ====================================================
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
-PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
-    model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", slots=256, micro_batch_tokens=18432,
+PAPER = ONE_CARD | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_new_tokens=8192,
     dataset="agentica-org/DeepScaleR-Preview-Dataset", prompts=128, steps=1400, eval_samples=16,
-    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", max_new_tokens=8192, eval_every=50)
+    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_every=50, slots=256,
+    micro_batch_tokens=18432)  # Sec. 5.1 and the released code
 PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
     "1.5b": PAPER | ONE_CARD | dict(eval_dataset="HuggingFaceH4/MATH-500", eval_split="test",
         eval_every=30, slots=48, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
@@ -761,17 +763,15 @@ def parse(argv=None):
 @contextmanager
 def one_line_errors():
     """Bad input ends in one line and exit code 2; a defect of ours shows its traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in {sys.__stdout__, sys.__stderr__} - {None}:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as e:
         full = isinstance(e, MemoryError) or "allocate" in str(e)  # as torch says
         if not full and not isinstance(e, (UserError, OSError)):
             raise
-        advice = "out of memory: lower --slots if sampling, else --micro_batch_tokens; " * full
+        advice = "out of memory: lower --slots, --micro_batch_tokens or --low_memory true; " * full
         print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
         sys.exit(2)
 

@@ -76,10 +76,10 @@ def test_an_interrupted_evaluation_resumes_to_the_same_table(tmp_path, capsys, m
     ev.main([*QUICK, "--output_dir", str(tmp_path / "a")])
     table = capsys.readouterr().out
     assert "Pass@1" in table and "Avg." in table and "maj@4" in table and "tiny" in table
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         stop_after(3, m)  # the first call is that of the check at the start
         ev.main([*QUICK, "--output_dir", str(tmp_path / "b")])
-    assert e.value.code == 130 and not (tmp_path / "b" / "scores.json").exists()
+    assert not (tmp_path / "b" / "scores.json").exists()
     kept = completions(tmp_path / "b")[0].read_text().splitlines()[1:]
     assert len(kept) == 6
     capsys.readouterr()

@@ -107,7 +107,7 @@ def test_files_with_other_names_are_never_touched(copy):
     assert metrics(copy)[-1]["step"] == 7
 
 
-def test_a_link_is_never_written_through(copy, tmp_path):
+def test_a_checkpoint_that_is_a_link_is_replaced(copy, tmp_path):
     mine = tmp_path / "mine"
     before = (copy / "checkpoint.pt").rename(mine).read_bytes()
     (copy / "checkpoint.pt").symlink_to(mine)
@@ -174,7 +174,7 @@ def test_resume_takes_a_lower_learning_rate(copy):
     assert real.read_checkpoint(copy)["settings"]["lr"] == 1e-4
 
 
-def test_resume_obeys_the_other_settings_of_adamw(copy, monkeypatch):
+def test_resume_obeys_another_beta2(copy, monkeypatch):
     seen, make = [], real.make_optimizer
     monkeypatch.setattr(real, "make_optimizer",
                         lambda *a: seen.append(make(*a)) or seen[-1])
@@ -187,7 +187,7 @@ def test_resume_takes_data_that_moved_and_refuses_other_problems(copy, tmp_path)
     moved, other = tmp_path / "moved.jsonl", tmp_path / "other.jsonl"
     moved.write_text("".join(rows))
     other.write_text("".join(rows[::-1]))
-    assert "other problems" in refused(copy, *GO_ON, "--dataset", other)
+    assert "another --dataset" in refused(copy, *GO_ON, "--dataset", other)
     assert train(copy, *GO_ON, "--dataset", moved)["step"] == 7
 
 
@@ -318,12 +318,13 @@ def test_one_run_a_folder_and_the_lock_is_released_when_train_raises(tmp_path, m
 
 def test_the_lock_is_released_when_a_resume_is_refused(copy):
     kept = []  # a notebook keeps the last exception, and with it every frame
-    for flags in (["--steps", "3"], ["--steps", "7", "--dataset", "none.jsonl"]):
+    for flags in (["--steps", "3"], ["--steps", "7", "--dataset", "none.jsonl"],
+                  ["--steps", "7", "--dataset", f"{real.TINY}/train.jsonl"]):
         try:
             train(copy, "--resume", *flags)
         except UserError as e:
             kept.append(e)
-    assert len(kept) == 2 and train(copy, *GO_ON)["step"] == 7
+    assert len(kept) == 3 and train(copy, *GO_ON)["step"] == 7
 
 
 def wait_for(process, done):
