@@ -306,7 +306,7 @@ def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, cho
             at[rollout] = torch.minimum(now + 1, last[rollout])  # where it has ended it stays
             last[rollout] = torch.where(torch.isin(token, ends), at[rollout], last[rollout])
         active = (at < last)[rollout].nonzero()[:, 0]  # the host waits here, not inside a token
-        refuse_if(not logits.isfinite().all(), "logits are not finite: start with a lower --lr")
+        refuse_if(not logits.isfinite().all(), "logits are not finite: bad weights, or lower --lr")
         bar.update(every * len(rollout))
     column = start[:, None] + torch.arange(int((last - start).max()) + 1, device=device)
     mask = column <= last[:, None]  # (critical) to the first end token, inclusive
@@ -373,6 +373,7 @@ def train(config, label=label_group):
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
         held = config.eval_dataset, config.eval_split
         held_out = load_problems(tokenizer, config, *held) if config.eval_every else []
+        refuse_if(held_out == problems, "--eval_dataset, --eval_split: these are trained on")
         check_model(model, tokenizer, problems + held_out, config)
         run.restore(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
         optimizer = make_optimizer(model, config)
@@ -606,7 +607,7 @@ def load_rows(path, name, split):
         if not file.is_file():
             return list(datasets.load_dataset(str(path), name, split=split))
         text = file.read_text(encoding="utf-8-sig").strip()
-        if file.suffix == ".csv":
+        if file.suffix.lower() == ".csv":
             return list(csv.DictReader(io.StringIO(text), strict=True))  # [None]: fields too many
         rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
         return [dict(row) for row in json.loads(rows, parse_int=str, parse_float=str)]
@@ -639,7 +640,7 @@ def load_problems(tokenizer, config, path, split, least=1):
         else:
             skipped = skipped or number
     found = f"{path}: {len(problems)} usable rows of {len(rows)}"
-    refuse_if(len(problems) < least, f"{found}; {least} are needed: set --answer_column, "
+    refuse_if(len(problems) < least, f"{found}; {least} needed: set --prompts, --answer_column, "
               f"--problem_column or --max_prompt_tokens; columns: {[*rows[0]] if rows else 0}")
     if skipped:
         tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or malformed")
@@ -751,9 +752,8 @@ def parse(argv=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
     args = parser.parse_args(argv)
-    parser.set_defaults(**PRESETS[args.preset or "tiny"])
-    if args.resume:
-        parser.set_defaults(**read_checkpoint(args.output_dir)["settings"])
+    saved = read_checkpoint(args.output_dir)["settings"] if args.resume else {}
+    parser.set_defaults(**PRESETS[args.preset or "tiny"] | saved | {"output_dir": args.output_dir})
     args = parser.parse_args(argv)
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")

@@ -70,7 +70,7 @@ def test_zero_is_allowed_only_where_it_means_something(name):
     (["--dataset", "no.jsonl"], "no.jsonl"),
     (["--problem_column", "question"], "--problem_column"), (["--problem_column", ""], "column"),
     (["--answer_column", "a.b"], "--answer_column"), (["--max_new_tokens", "5000"], "5"),
-    (["--prompts", "100000", "--mini_batches", "1"], "100000 are needed"),
+    (["--prompts", "100000", "--mini_batches", "1"], "100000 needed"),
     (["--max_prompt_tokens", "1"], "0 usable rows"), (["--resume"], "checkpoint.pt"),
     (["--eval_every", "1", "--eval_dataset", real.TINY], "eval_dataset"),
     (["--dataset", real.TINY, "--split", "nope"], "tiny"), (["--output_dir", "x" * 300], "")])

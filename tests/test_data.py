@@ -222,6 +222,12 @@ def test_a_csv_row_with_fewer_fields_is_skipped(tmp_path, capsys):
     assert "2 usable rows of 3; row 2 lacks" in capsys.readouterr().out
 
 
+def test_held_out_problems_that_are_trained_on_are_refused(tmp_path):
+    file = f"{real.TINY}/test.jsonl"
+    with pytest.raises(UserError, match="--eval_dataset"):
+        real.train(Config(dataset=file, eval_dataset=file, output_dir=str(tmp_path / "run")))
+
+
 def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
     found = load(b'problem,answer\n"f(1, 2)\n=?","1,000"\n', tmp_path, suffix="csv")
     assert (found[0]["problem"], found[0]["answer"]) == ("f(1, 2)\n=?", "1,000")
@@ -230,7 +236,7 @@ def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
 def test_too_few_problems_are_said_before_anything_is_sampled(tmp_path, monkeypatch):
     (tmp_path / "data.jsonl").write_text(3 * (json.dumps(GOOD) + "\n"))
     monkeypatch.setattr(real, "sample", None)
-    with pytest.raises(UserError, match="3 usable rows of 3; 4 are needed"):
+    with pytest.raises(UserError, match="3 usable rows of 3; 4 needed"):
         real.train(Config(dataset=str(tmp_path / "data.jsonl"), prompts=4, eval_every=0,
                           output_dir=str(tmp_path / "run")))
 

@@ -191,6 +191,15 @@ def test_resume_takes_data_that_moved_and_refuses_other_problems(copy, tmp_path)
     assert train(copy, *GO_ON, "--dataset", moved)["step"] == 7
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is_now(whole, tmp_path, monkeypatch):
+    """Also in the default folder, whose name no flag repeats."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, tmp_path / "runs" / "real")
+    before = contents(whole)
+    assert real.train(real.parse(GO_ON))["step"] == 7
+    assert metrics(tmp_path / "runs" / "real")[-1]["step"] == 7 and contents(whole) == before
+
+
 def test_fewer_steps_than_done_are_refused(copy):
     for steps in (3, 5):
         assert "has done 6 --steps" in refused(copy, "--resume", "--steps", steps)
