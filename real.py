@@ -42,7 +42,7 @@ def refuse_if(wrong, what):
     if wrong:
         raise UserError(what)
 
-# ==== Configuration ===================================================
+# ==== Configuration =========================================
 def arg(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -98,7 +98,7 @@ class Config:
 RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
     "kl_ref kl_old warmup eval_every seed".split(), (0, 1e12))  # the others: above 0
 
-# ==== Objectives ======================================================
+# ==== Objectives ============================================
 # EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
 # Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
 def log_ratio(logp, old_logp, mask):
@@ -206,7 +206,7 @@ def credit(logp, batch, config):
             loss = loss + weight * kl(logp, batch[other], batch["mask"])
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
-# ==== Log-probabilities ===============================================
+# ==== Log-probabilities =====================================
 def micro_batches(batch, rows, config):
     """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
     Those of a group stay neighbours, to share their prompt; groups of like length go together."""
@@ -266,7 +266,7 @@ def all_logprobs(model, batch, config):
         logp[rows] = token_logprobs(model, batch, rows, config)
     return logp.view(batch["mask"].shape)
 
-# ==== Sampling ========================================================
+# ==== Sampling ==============================================
 def next_token(logits, temperature):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
     c = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.double)
@@ -343,7 +343,7 @@ def validate(model, tokenizer, problems, config):
     batch = rollouts(model, tokenizer, problems[: config.eval_limit], config.eval_samples, config)
     return batch["labels"].float().mean().item()
 
-# ==== Update and training =============================================
+# ==== Update and training ===================================
 def update(model, optimizer, batch, config):
     """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
     An objective couples a group's rollouts. It is the chain rule that splits into micro-batches:
@@ -409,7 +409,7 @@ def train(config, label=label_group):
                 break
         return run.finish(model, tokenizer)  # line 13
 
-# ==== Here the algorithm ends. What follows serves it. ================
+# ==== Here the algorithm ends. What follows serves it. ======
 class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
     `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
@@ -561,7 +561,7 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
-# ==== Models and data =================================================
+# ==== Models and data =======================================
 @contextmanager
 def reading(what):
     """Whatever a library raises about somebody's files becomes one line that names them."""
@@ -646,7 +646,7 @@ def load_problems(tokenizer, config, path, split, least=1):
         tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or malformed")
     return problems
 
-# ==== The run's folder ================================================
+# ==== The run's folder ======================================
 LOGS = "metrics.jsonl", "samples.jsonl"
 SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
          "pass@1").split()
@@ -733,7 +733,7 @@ class Run(ExitStack):
                        f"in {sum(row['seconds'] for row in rows):.0f} s")
         return rows[-1]
 
-# ==== Command line ====================================================
+# ==== Command line ==========================================
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
 PAPER = ONE_CARD | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_new_tokens=8192,
@@ -773,7 +773,7 @@ def one_line_errors():
             raise
         advice = "out of memory: lower --slots, --micro_batch_tokens or --low_memory true; " * full
         print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
-        sys.exit(2)
+        (os._exit if isinstance(e, BrokenPipeError) else sys.exit)(2)  # `| head`: no last flush
 
 if __name__ == "__main__":
     with one_line_errors():
