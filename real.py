@@ -1,8 +1,7 @@
 """Rewards as Labels (REAL), arXiv 2602.05630, in one file: train a language model with REAL.
 
-Sample G answers to a question and let a maths checker label each right or wrong. Then treat the
-labels as the classes of a classifier whose logit is how much likelier the policy has made an answer
-since it was sampled: push the right ones above 0 and the wrong ones below.
+Sample answers and let a checker label each right or wrong. Treat the labels as the classes of a
+classifier whose logit is how much likelier the policy has made an answer since it was sampled.
 
     python real.py                  # the embedded tiny model, about a minute on 2 CPU cores
     python real.py --preset 0.5b    # Qwen2.5-0.5B-Instruct on GSM8K, one GPU of 8 GB or more
@@ -17,7 +16,7 @@ Where the paper is in this file          Shapes
     Eq. 11       real_bce                Three places to edit are marked EDIT.
     Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
-import csv, inspect, io, json, math, os, re, shlex, signal, sys, time, zlib
+import csv, inspect, io, json, math, os, re, shlex, signal, sys, time, traceback, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, localcontext
@@ -42,7 +41,7 @@ def refuse_if(wrong, what):
     if wrong:
         raise UserError(what)
 
-# ==== Configuration =========================================
+# ==== Configuration ====
 def arg(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -53,7 +52,7 @@ class Config:
     dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv file")
     dataset_config: str | None = arg(None, "configuration of a hub data set")
     split: str = arg("train", "split to train on")
-    eval_dataset: str = arg(TINY, "held-out problems, with the same columns")
+    eval_dataset: str | None = arg(None, "held-out problems, same columns; not given: dataset")
     eval_split: str = arg("test", "split to validate on")
     problem_column: str = arg("problem", "the question; also prompt[0].content, context+question")
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
@@ -67,7 +66,7 @@ class Config:
     kl_old: float = arg(0.0, "weight of a KL to the old policy, likewise")
     prompts: int = arg(16, "questions a step, Q; paper: 128")
     group_size: int = arg(8, "rollouts a question, G, Sec. 5.1")
-    mini_batches: int = arg(4, "updates a step, on prompts / mini_batches groups each, Sec. 5.1")
+    mini_batches: int = arg(4, "updates a step, Sec. 5.1")
     steps: int = arg(80, "training steps; paper: 1,400")
     lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
     warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
@@ -82,8 +81,8 @@ class Config:
     eval_every: int = arg(20, "steps between validations, also one before and after; 0: none")
     eval_samples: int = arg(8, "samples a validation problem; paper: 16")
     eval_limit: int = arg(256, "validation problems used")
-    seed: int = arg(0, "the random numbers of a step depend on (seed, step) alone")
-    save_every: int = arg(50, "steps between checkpoints")
+    seed: int = arg(0, "random numbers of a step depend on (seed, step) alone")
+    save_every: int = arg(10, "steps between checkpoints")
     output_dir: str = arg("runs/real", "the run's own folder")
     resume: bool = arg(False, "go on with the run found in output_dir")
 
@@ -98,7 +97,22 @@ class Config:
 RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
     "kl_ref kl_old warmup eval_every seed".split(), (0, 1e12))  # the others: above 0
 
-# ==== Objectives ============================================
+R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-"
+ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=5,
+                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
+PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
+    model=R1 + "1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset", steps=1400, prompts=128,
+    slots=256, max_new_tokens=8192, eval_dataset="HuggingFaceH4/aime_2024", eval_split="train",
+    eval_every=50, eval_samples=16, micro_batch_tokens=36864)
+PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
+    "paper-7b": PAPER | dict(model=R1 + "7B", lr=1e-6, steps=1000, slots=104),
+    "1.5b": PAPER | ONE_CARD | dict(eval_dataset="HuggingFaceH4/MATH-500", eval_split="test",
+        eval_every=30, slots=48, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
+    "0.5b": ONE_CARD | dict(model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", lr=1e-6,
+        dataset_config="main", problem_column="question", slots=128, eval_every=25, mini_batches=2,
+        steps=100, max_new_tokens=512, temperature=1.0)}
+
+# ==== Objectives ====
 # EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
 # Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
 def log_ratio(logp, old_logp, mask):
@@ -183,8 +197,7 @@ def trpa(logp, old_logp, mask, labels, *, ref_logp, beta=0.1):
     loss = -F.logsigmoid(2.5 * beta * (h[:, :, None] - h[:, None, :]))
     loss = torch.where(pair, loss, 0.0).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)
     d = log_ratio(old_logp, logp, mask).clamp(-20, 20)  # as in kl
-    to_old = (d.exp() - d - 1).clamp(max=10).sum()
-    return loss.mean() + 0.001 * to_old / mask.sum().clamp(min=1)
+    return loss.mean() + 0.001 * (d.exp() - d - 1).clamp(max=10).sum() / mask.sum().clamp(min=1)
 
 OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} | {
     "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
@@ -206,14 +219,15 @@ def credit(logp, batch, config):
             loss = loss + weight * kl(logp, batch[other], batch["mask"])
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
-# ==== Log-probabilities =====================================
+# ==== Log-probabilities ====
 def micro_batches(batch, rows, config):
     """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
-    Those of a group stay neighbours, to share their prompt; groups of like length go together."""
-    G, parts = batch["mask"].shape[1], []
-    longest = [len(q) + int(m.sum(-1).max()) for q, m in zip(batch["prompts"], batch["mask"])]
-    for row in sorted(rows, key=lambda row: longest[row // G]):
-        if not parts or (len(parts[-1]) + 1) * longest[row // G] > config.micro_batch_tokens:
+    Like lengths go together; where a group shares its prompt, by the length of its longest."""
+    parts, n = [], batch["mask"].sum(-1)  # (Q, G)
+    n = n if config.low_memory else n.amax(-1, keepdim=True).expand_as(n)
+    lengths = [len(q) + x for q, group in zip(batch["prompts"], n.tolist()) for x in group]
+    for row in sorted(rows, key=lengths.__getitem__):
+        if not parts or (len(parts[-1]) + 1) * lengths[row] > config.micro_batch_tokens:
             parts.append([])
         parts[-1].append(row)
     return parts
@@ -266,7 +280,7 @@ def all_logprobs(model, batch, config):
         logp[rows] = token_logprobs(model, batch, rows, config)
     return logp.view(batch["mask"].shape)
 
-# ==== Sampling ==============================================
+# ==== Sampling ====
 def next_token(logits, temperature):
     """o_t ~ softmax(logits / temperature): (n, vocabulary) -> (n,)."""
     c = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.double)
@@ -329,12 +343,10 @@ def rollouts(model, tokenizer, problems, G, config, label=label_group, choose=No
              for group in zip(ids.cpu(), mask.cpu())]
     labels = [label(p, [p["opening"] + x for x in group]) for p, group in zip(problems, texts)]
     refuse_if(any(x not in (0, 1) for group in labels for x in group), "a label is to be 0 or 1")
-    return {"problems": problems,  # Q dicts, see load_problems
+    return {"problems": problems, "texts": texts,  # Q dicts, see load_problems; Q lists of G str
             "prompts": prompts,  # Q vectors of token ids, int64
-            "completions": ids,  # (Q, G, T) int64, 0 after the end
-            "mask": mask,  # (Q, G, T) bool
+            "completions": ids, "mask": mask,  # (Q, G, T): int64, 0 after the end; bool
             "labels": torch.tensor(labels, device=device).bool().view(len(prompts), G),
-            "texts": texts,  # Q lists of G str
             "ended": (mask & torch.isin(ids, ends)).any(-1)}  # (Q, G) bool, False: cut off
 
 def validate(model, tokenizer, problems, config):
@@ -343,12 +355,11 @@ def validate(model, tokenizer, problems, config):
     batch = rollouts(model, tokenizer, problems[: config.eval_limit], config.eval_samples, config)
     return batch["labels"].float().mean().item()
 
-# ==== Update and training ===================================
+# ==== Update and training ====
 def update(model, optimizer, batch, config):
-    """One optimizer step on a mini-batch, exact for every objective at any micro-batch size.
-    An objective couples a group's rollouts. It is the chain rule that splits into micro-batches:
-    dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta, where `credit` gives the first factor
-    without a model. If one micro-batch holds all, its graph is kept. No push, or NaN: no step."""
+    """One optimizer step on a mini-batch. An objective couples the rollouts of a group; what splits
+    into micro-batches is the chain rule, dL/dtheta = sum over tokens of dL/dlogp * dlogp/dtheta:
+    `credit` needs no model. If one micro-batch holds all, its graph is kept. NaN: no step."""
     whole = len(micro_batches(batch, range(batch["labels"].numel()), config)) == 1
     with torch.set_grad_enabled(whole):
         logp = all_logprobs(model, batch, config)
@@ -371,17 +382,19 @@ def train(config, label=label_group):
     with Run(config) as run:
         model, tokenizer = load_model(config.model)  # lines 1 and 2
         problems = load_problems(tokenizer, config, config.dataset, config.split, config.prompts)
-        held = config.eval_dataset, config.eval_split
+        held = config.eval_dataset or config.dataset, config.eval_split
         held_out = load_problems(tokenizer, config, *held) if config.eval_every else []
         refuse_if(held_out == problems, "--eval_dataset, --eval_split: these are trained on")
         check_model(model, tokenizer, problems + held_out, config)
         run.restore(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
         optimizer = make_optimizer(model, config)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.saved.pop("adam", {})})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.last.pop("adam", {})})
+        if not config.resume:
+            run.save(0, model, optimizer)  # whatever ends it, --resume goes on
         policies = {"old_logp": model}
         if config.kl_ref or "ref_logp" in arguments(config.objective):  # the starting model
             policies["ref_logp"] = load_model(config.model, model.dtype)[0].to(model.device)
-        for step in tqdm(range(run.saved["step"] + 1, config.steps + 1), unit="step"):  # line 3
+        for step in tqdm(range(run.last["step"] + 1, config.steps + 1), unit="step"):  # line 3
             first = held_out and step == 1
             row = {"pass@1_before": validate(model, tokenizer, held_out, config)} if first else {}
             began = time.time()
@@ -409,7 +422,7 @@ def train(config, label=label_group):
                 break
         return run.finish(model, tokenizer)  # line 13
 
-# ==== Here the algorithm ends. What follows serves it. ======
+# ==== Here the algorithm ends. What follows serves it. ====
 class Slots:
     """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
     `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
@@ -431,10 +444,10 @@ class Slots:
 
     def update(self, keys, values, layer, *args, **kwargs):
         """Each attention layer calls this: store a token's keys and values, return all of them."""
-        n, own = len(self.at), self.kv[2 * layer : 2 * layer + 2]
+        own = [x[: len(self.at), :, : self.width] for x in self.kv[2 * layer : 2 * layer + 2]]
         for x, new in zip(own, (keys, values)):
-            x[torch.arange(n, device=x.device), :, self.at] = new[:, :, 0]
-        return [x[:n, :, : self.width] for x in own]
+            x.scatter_(2, self.at[:, None, None, None].expand_as(new), new)
+        return own
 
 def draw(problems, step, config):
     """The questions of a step. Each pass over the data is a new order that the seed decides."""
@@ -561,7 +574,7 @@ def is_correct(response: str, answer: str | float | list) -> bool:
     reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
-# ==== Models and data =======================================
+# ==== Models and data ====
 @contextmanager
 def reading(what):
     """Whatever a library raises about somebody's files becomes one line that names them."""
@@ -585,8 +598,7 @@ def check_model(model, tokenizer, problems, config):
     """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
     with reading(f"model {config.model} with its tokenizer"):
         longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-        settings = str(model.config.get_text_config().to_dict())
-        limits = re.findall(r"(?:position\w*|sliding_window|window_size)': (\d+)", settings)
+        limits = re.findall(r"(?:position\w*|window(?:_size)?)': (\d+)", str(vars(model.config)))
         room = min(map(int, limits), default=longest)
         refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
         ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
@@ -609,25 +621,27 @@ def load_rows(path, name, split):
         text = file.read_text(encoding="utf-8-sig").strip()
         if file.suffix.lower() == ".csv":
             return list(csv.DictReader(io.StringIO(text), strict=True))  # [None]: fields too many
-        rows = text if text.startswith("[") else "[" + text.replace("\n", ",\n") + "]"
-        return [dict(row) for row in json.loads(rows, parse_int=str, parse_float=str)]
+        text = text if text[:1] == "[" else "[" + re.sub(r"(\S *)\n", r"\1,\n", text) + "]"
+        rows = json.loads(text, parse_int=str, parse_float=str)
+        return [row if isinstance(row, dict) else {} for row in rows]
 
 def read_column(row, column):
-    """The texts at a place such as prompt[0].content; of a chat, all that its messages say."""
+    """The texts at a place such as prompt[0].content, of a chat all it says; None: no such place"""
     with suppress(LookupError, TypeError, ValueError):
         for key in re.findall(r"[^.\[\]]+", column):
             row = row[int(key) if isinstance(row, list) else key]
         cells = row if isinstance(row, list) else [row]
         cells = [x["content"] if isinstance(x, dict) else x for x in cells]
         return [str(x) for x in cells if x == x and not isinstance(x, (dict, list, type(None)))]
-    return []
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
     rows, problems, skipped = load_rows(path, config.dataset_config, split), [], 0
     for number, row in enumerate(rows, 1):
-        text = "\n".join(x for c in config.problem_column.split("+") for x in read_column(row, c))
-        golds = [x.rpartition("####")[2].strip() for x in read_column(row, config.answer_column)]
+        asked = [read_column(row, column) for column in config.problem_column.split("+")]
+        text = "" if None in asked else "\n".join(x for cells in asked for x in cells)
+        golds = read_column(row, config.answer_column) or []
+        golds = [x.rpartition("####")[2].strip() for x in golds]
         prompt = text + SUFFIX * (SUFFIX.strip() not in text)  # some hold it already
         with reading(f"{path}, row {number}"):
             if tokenizer.chat_template:  # it writes BOS itself
@@ -646,15 +660,14 @@ def load_problems(tokenizer, config, path, split, least=1):
         tqdm.write(f"{found}; row {skipped} lacks problem or answer, is too long or malformed")
     return problems
 
-# ==== The run's folder ======================================
+# ==== The run's folder ====
 LOGS = "metrics.jsonl", "samples.jsonl"
-SHOWN = ("reward mixed cut_off entropy response_length s_positive s_negative max_weight seconds "
-         "pass@1").split()
+SHOWN = "reward mixed cut_off entropy response_length s_positive s_negative seconds pass@1".split()
 
-def read_checkpoint(folder):
+def read_checkpoint(folder, **how):
     """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
-        saved = torch.load(file, "cpu", weights_only=True)
+        saved = torch.load(file, "cpu", weights_only=True, **how)
         return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 
 class Run(ExitStack):
@@ -663,11 +676,11 @@ class Run(ExitStack):
         super().__init__()
         self.config, self.path, self.signal = config, Path(config.output_dir), 0
         self.path.mkdir(parents=True, exist_ok=True)
-        refuse_if(not config.resume and {*os.listdir(self.path)} - {".lock"},
-                  f"{self.path} is not empty: --resume goes on with a run, else --output_dir NEW")
-        self.saved = saved = read_checkpoint(self.path) if config.resume else {"step": 0}
-        refuse_if(saved["step"] > config.steps, f"{self.path} has done {saved['step']} --steps")
-        with reading(f"{self.path}, in use by another run"):
+        old = {p.name for p in self.path.iterdir() if p.lstat().st_size} - {".checkpoint.pt"}
+        refuse_if(old and not config.resume, f"{self.path} not empty: --resume or --output_dir NEW")
+        self.last = last = read_checkpoint(self.path) if config.resume else {"step": 0}
+        refuse_if(last["step"] > config.steps, f"{self.path} has done {last['step']} --steps")
+        with reading(f"{self.path}, perhaps in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
         self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -682,13 +695,12 @@ class Run(ExitStack):
     def restore(self, model, problems):
         """Take over weights and logs of the checkpoint; only from here on the folder is written."""
         self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
-        refuse_if(self.data != self.saved.get("data", self.data), f"{self.path}: another --dataset")
-        if self.config.resume:
-            with reading(self.path / "checkpoint.pt"):
-                model.load_state_dict(self.saved.pop("model"))
-                for name in LOGS:
-                    (self.path / name).write_text(self.saved["logs"][name])
-        tqdm.write(f"{model.num_parameters():,} parameters on {model.device}")
+        refuse_if(self.data != self.last.get("data", self.data), f"{self.path}: another --dataset")
+        with reading(f"{self.path / 'checkpoint.pt'} with this --model"):
+            model.load_state_dict(self.last.pop("model", model.state_dict()))
+            for name in LOGS:
+                (self.path / name).write_text(self.last["logs"][name] if self.config.resume else "")
+        tqdm.write(f"{model.num_parameters():,} weights on {model.device}, 28 bytes each on disk")
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""
@@ -699,9 +711,10 @@ class Run(ExitStack):
         for name, line in zip(LOGS, (finite, sample)):
             with (self.path / name).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if step % 20 == 1:
+        if step % 20 == 1 or step == self.last["step"] + 1:
+            end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
             tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}\n"
-                       f"step {' '.join(SHOWN)}")
+                       f"step {' '.join(SHOWN)} (all end about {time.strftime('%a %H:%M', end)})")
         numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
         note = " no mixed group: too hard, too easy or a wrong --answer_column" * (not row["mixed"])
         note += " half is cut off: raise --max_new_tokens" * (row["cut_off"] >= 0.5)
@@ -733,31 +746,17 @@ class Run(ExitStack):
                        f"in {sum(row['seconds'] for row in rows):.0f} s")
         return rows[-1]
 
-# ==== Command line ==========================================
-ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=10,
-                micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
-PAPER = ONE_CARD | dict(model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_new_tokens=8192,
-    dataset="agentica-org/DeepScaleR-Preview-Dataset", prompts=128, steps=1400, eval_samples=16,
-    eval_dataset="HuggingFaceH4/aime_2024", eval_split="train", eval_every=50, slots=256,
-    micro_batch_tokens=18432)  # Sec. 5.1 and the released code
-PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
-    "1.5b": PAPER | ONE_CARD | dict(eval_dataset="HuggingFaceH4/MATH-500", eval_split="test",
-        eval_every=30, slots=48, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
-    "0.5b": ONE_CARD | dict(model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", lr=1e-6,
-        dataset_config="main", eval_dataset="openai/gsm8k", problem_column="question", slots=128,
-        eval_every=25, mini_batches=2, steps=100, max_new_tokens=512, temperature=1.0)}
-
+# ==== Command line ====
 def parse(argv=None):
     """The configuration a command line asks for: flags over a run's settings over a preset's."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=PRESETS, help="named settings; flags override them")
     args = parser.parse_args(argv)
-    saved = read_checkpoint(args.output_dir)["settings"] if args.resume else {}
+    saved = read_checkpoint(args.output_dir, mmap=True)["settings"] if args.resume else {}
     parser.set_defaults(**PRESETS[args.preset or "tiny"] | saved | {"output_dir": args.output_dir})
     args = parser.parse_args(argv)
     refuse_if({args.model, args.dataset} != {TINY} and not (args.preset or args.resume),
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
-    refuse_if(args.dataset != TINY == args.eval_dataset and args.eval_every, "set --eval_dataset")
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 @contextmanager
@@ -771,7 +770,8 @@ def one_line_errors():
         full = isinstance(e, MemoryError) or "allocate" in str(e)  # as torch says
         if not full and not isinstance(e, (UserError, OSError)):
             raise
-        advice = "out of memory: lower --slots, --micro_batch_tokens or --low_memory true; " * full
+        flag = "--slots" if "in sample\n" in traceback.format_exc() else "--micro_batch_tokens"
+        advice = f"out of memory: lower {flag} or take --low_memory true; " * full
         print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
         (os._exit if isinstance(e, BrokenPipeError) else sys.exit)(2)  # `| head`: no last flush
 

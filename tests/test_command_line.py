@@ -136,11 +136,13 @@ def test_another_model_or_dataset_needs_a_preset(flags):
     else:
         with pytest.raises(UserError, match="--preset.*tiny.*0.5b"):
             real.parse(flags)
-    if flags[0] == "--dataset":  # whose held-out problems are never the toy's by default
-        with pytest.raises(UserError, match="--eval_dataset"):
-            real.parse([*flags, "--preset", "tiny"])
-        flags = [*flags, "--eval_every", "0"]
     assert getattr(real.parse([*flags, "--preset", "tiny"]), flags[0][2:]) == "x"
+
+
+@pytest.mark.parametrize("name", real.PRESETS)
+def test_held_out_problems_are_never_the_toys_by_default(name):
+    config = real.parse(["--preset", name, "--dataset", "mine.jsonl"])
+    assert (config.eval_dataset or config.dataset) != real.TINY
 
 
 def test_a_defect_of_our_own_shows_its_traceback(monkeypatch, tmp_path):

@@ -51,10 +51,22 @@ def test_an_answer_that_can_never_be_right_is_skipped_and_counted(answer, tmp_pa
 @pytest.mark.parametrize("row", [
     *({"problem": problem, "answer": "2"} for problem in (
         None, "", " \n", [], {}, [[]], float("nan"), [{"role": "user"}], [{"content": None}])),
-    {"answer": "2"}, {}, []], ids=repr)
+    {"answer": "2"}, {}, [], None, 3, "problem", ["problem", "answer"]], ids=repr)
 def test_a_row_without_problem_is_skipped(row, tmp_path, capsys):
     assert len(load([GOOD, row], tmp_path)) == 1
     assert "1 usable rows of 2; row 2 lacks" in capsys.readouterr().out
+
+
+def test_a_misspelt_part_of_joined_columns_is_refused(tmp_path):
+    row = {"context": None, "problem": "1+1", "answer": "2"}  # null is no misspelling
+    assert load([row], tmp_path, problem_column="context+problem")[0]["problem"] == "1+1"
+    said = refused([row], tmp_path, problem_column="contxt+problem")
+    assert "--problem_column" in said and "['context', 'problem', 'answer']" in said
+
+
+def test_empty_lines_between_rows_do_not_matter(tmp_path):
+    content = b'\n{"problem": "1+1", "answer": "2"}  \n\n \r\n{"problem": "1+2", "answer": "3"}\n\n'
+    assert [p["answer"] for p in load(content, tmp_path)] == ["2", "3"]
 
 
 def test_a_chat_as_problem_is_read_as_all_that_its_messages_say(tmp_path):
@@ -179,8 +191,8 @@ BAD = {  # case: (bytes of a .jsonl file, words of the error)
     "UTF-16": ('{"problem": "1", "answer": "2"}'.encode("utf-16"), "codec"),
     "empty": (b"", "0 usable rows of 0"), "only blanks": (b"\n \n", "0 usable rows of 0"),
     "no answers": (b'{"problem": "1+1", "answer": ""}', "0 usable rows of 1"),
+    "broken after an empty line": (b'{"problem": "1+1", "answer": "2"}\n\n{"a": 1,\n', "line 3"),
     "rows that are numbers": (b"[1]\n", "data"), "rows that are texts": (b'"a"\n"b"', "data"),
-    "a row that is null": (b'{"problem": "1+1", "answer": "2"}\nnull', "data"),
     "deep": (b"[" * 100_000, "recursion"), "a surrogate": (
         b'{"problem": "\\ud800", "answer": "2"}', "row 1"),
 }
@@ -224,8 +236,9 @@ def test_a_csv_row_with_fewer_fields_is_skipped(tmp_path, capsys):
 
 def test_held_out_problems_that_are_trained_on_are_refused(tmp_path):
     file = f"{real.TINY}/test.jsonl"
-    with pytest.raises(UserError, match="--eval_dataset"):
-        real.train(Config(dataset=file, eval_dataset=file, output_dir=str(tmp_path / "run")))
+    for held_out in (file, None):  # not given: the data set itself, another split if it has one
+        with pytest.raises(UserError, match="--eval_dataset"):
+            real.train(Config(dataset=file, eval_dataset=held_out, output_dir=f"{tmp_path}/run"))
 
 
 def test_quoted_csv_keeps_commas_and_line_breaks(tmp_path):
@@ -288,7 +301,7 @@ def test_no_column_raises(row, column):
 
 
 def test_a_number_without_end_in_a_column_is_no_traceback():
-    assert real.read_column({"a": ["x"]}, f"a[{'9' * 5000}]") == []
+    assert real.read_column({"a": ["x"]}, f"a[{'9' * 5000}]") is None
 
 
 @settings(max_examples=50)

@@ -67,7 +67,7 @@ def test_a_models_folder_is_refused(tmp_path):
     assert "checkpoint.pt" in refused(model, "--resume")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"PK", 3, [1], {"step": 3}, {"model": {}}], ids=str)
+@pytest.mark.parametrize("content", [b"{", b"PK", 3, [1], {"step": 3}, {"model": {}}], ids=str)
 def test_a_checkpoint_of_another_program_is_refused(content, tmp_path):
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
@@ -313,7 +313,7 @@ def test_one_run_a_folder_and_the_lock_is_released_when_train_raises(tmp_path, m
     folder, first, before = tmp_path / "run", [], signal.getsignal(signal.SIGINT)
     def fail(*_):
         with pytest.raises(UserError, match="in use by another run"):
-            train(folder)
+            train(folder, "--resume")
         raise ZeroDivisionError
     monkeypatch.setattr(real, "draw", fail)
     try:
@@ -350,18 +350,16 @@ def lines(folder):
 
 
 def resume(folder):
-    """Go on from the newest checkpoint; a run that was killed before its first begins anew."""
-    if folder.exists() and not (folder / "checkpoint.pt").exists():
-        assert "checkpoint.pt" in refused(folder, "--resume")
-        shutil.rmtree(folder)
-    return ["--resume"] * folder.exists()
+    """Go on from the checkpoint; a run that was killed before its first is begun anew."""
+    return ["--resume"] * (folder / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("moment", ["after a step", "while saving", *(pytest.param(
-    moment, marks=pytest.mark.slow) for moment in ("at the start", "while saving the first"))])
+@pytest.mark.parametrize("moment", ["at the start", "while saving the first", "before a step",
+                                    "after a step", "while saving"])
 def test_killed_and_resumed_is_bit_for_bit_the_same(moment, whole, tmp_path):
     folder, half = tmp_path / "run", tmp_path / "run" / ".checkpoint.pt"
     when = {"at the start": folder.exists, "while saving the first": half.exists,
+            "before a step": (folder / "checkpoint.pt").exists,
             "after a step": lambda: lines(folder) >= 3,
             "while saving": lambda: lines(folder) >= 4 and half.exists()}[moment]
     process = start("--output_dir", folder)
@@ -401,9 +399,23 @@ def test_twenty_kills(whole, tmp_path):
     assert hits > 0
 
 
-def test_a_run_that_ended_before_its_first_row_can_be_started_again(tmp_path):
-    (tmp_path / ".lock").write_text("")
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(tmp_path):
+    for name in (".lock", *real.LOGS):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".checkpoint.pt").write_text("half of one")
     assert train(tmp_path, "--steps", "1")["step"] == 1
+    assert not (tmp_path / ".checkpoint.pt").exists()
+
+
+def test_a_run_that_ended_before_its_first_step_goes_on(whole, tmp_path, monkeypatch):
+    """Whatever ended it: here a defect, before anything is drawn."""
+    monkeypatch.setattr(real, "draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    assert real.read_checkpoint(tmp_path / "run")["step"] == 0
+    train(tmp_path / "run", "--resume")
+    same_end(tmp_path / "run", whole)
 
 
 def signals(monkeypatch, *numbers):
@@ -439,12 +451,12 @@ def test_a_signal_saves_the_step_and_prints_the_way_to_go_on(number, whole, tmp_
 
 
 @pytest.mark.parametrize("second, error, saved", [
-    (signal.SIGINT, KeyboardInterrupt, 0), (signal.SIGTERM, SystemExit, 1)])
+    (signal.SIGINT, KeyboardInterrupt, 0), (signal.SIGTERM, SystemExit, 2)])
 def test_the_same_signal_twice_leaves_at_once(second, error, saved, tmp_path, monkeypatch):
     signals(monkeypatch, signal.SIGINT, second)
     with pytest.raises(error):
         train(tmp_path / "run", "--save_every", "100")
-    assert (tmp_path / "run" / "checkpoint.pt").exists() == saved
+    assert real.read_checkpoint(tmp_path / "run")["step"] == saved
 
 
 @pytest.mark.parametrize("streams", [{}, {"stderr": subprocess.STDOUT}], ids=["head", "2>&1"])

@@ -376,7 +376,7 @@ def test_a_label_of_ones_own_trains(tmp_path):
 def test_validation_sees_problems_that_training_does_not(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(real, "validate", lambda *args: seen.append(args[2][:100]) or 0.5)
-    last = run(tmp_path / "run", eval_every=1, steps=1)
+    last = run(tmp_path / "run", eval_dataset=real.TINY, eval_every=1, steps=1)
     trained = {problem["problem"] for problem in embedded()[2]}
     held_out = {problem["problem"] for problem in seen[0]}
     assert len(seen) == 2 and len(held_out) == 100 and not held_out & trained

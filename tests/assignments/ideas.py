@@ -70,7 +70,7 @@ def one_example(config):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "one.jsonl"
         data.write_text((json.dumps(real.draw(rows, 1, config)[0]) + "\n") * config.prompts)
-        return real.train(dataclasses.replace(config, dataset=str(data)))
+        return real.train(dataclasses.replace(config, dataset=str(data), eval_dataset=real.TINY))
 
 
 # ---- 3. A verifier that errs, and a correction ---------------------------------------------------
@@ -149,7 +149,7 @@ def rank_one(config):
     flat = [torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in models]
     weights = extrapolate(flat[0], torch.stack(flat[1:]), steps, 40)
     torch.nn.utils.vector_to_parameters(weights, model.parameters())
-    held_out = real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
+    held_out = real.load_problems(tokenizer, config, real.TINY, "test")
     score = real.validate(model, tokenizer, held_out[: config.eval_limit], config)
     with (Path(config.output_dir) / "metrics.jsonl").open("a") as f:
         f.write(json.dumps({"step": 40, "pass@1": score}) + "\n")
@@ -386,7 +386,7 @@ def vote():
     torch.manual_seed(0)
     config = real.Config()
     model, tokenizer = real.load_model(config.model)
-    problems = 4 * real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
+    problems = 4 * real.load_problems(tokenizer, config, real.TINY, "test")
     batch = real.rollouts(model, tokenizer, problems, config.group_size, config)
     votes = [majority_labels([p["opening"] + t for t in texts])
              for p, texts in zip(problems, batch["texts"])]

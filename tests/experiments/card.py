@@ -27,8 +27,6 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 SHAPES = {
     "0.5b": (896, 4864, 24, 14, 2, 151936, True), "1.5b": (1536, 8960, 28, 12, 2, 151936, False),
     "paper-7b": (3584, 18944, 28, 28, 4, 152064, False)}
-SETTINGS = real.PRESETS | {"paper-7b": real.PRESETS["paper"] | dict(
-    lr=1e-6, steps=1000, slots=104, micro_batch_tokens=36864)}
 SMALL = dict(max_new_tokens=12, max_prompt_tokens=20, slots=16, micro_batch_tokens=256, prompts=4,
              mini_batches=2)
 
@@ -38,7 +36,7 @@ class Numbers:
 
 def build(preset):
     """A preset's configuration, model and optimizer, made as `train` makes them."""
-    config = replace(real.Config(**SETTINGS[preset]), **SMALL if DRY else {})
+    config = replace(real.Config(**real.PRESETS[preset]), **SMALL if DRY else {})
     shape = (96, 256, 2, 12, 2, 320, False) if DRY else SHAPES.get(preset, SHAPES["1.5b"])
     gc.collect()  # the model before this one
     if not DRY:

@@ -42,7 +42,7 @@ def child(arm, seed, folder, seconds):
     began = time.time()
     if arm == "more distillation":
         model, tokenizer = real.load_model(config.model)
-        held_out = real.load_problems(tokenizer, config, config.eval_dataset, config.eval_split)
+        held_out = real.load_problems(tokenizer, config, real.TINY, "test")
         files = [ROOT / "tiny" / f"{name}.jsonl" for name in ("test", "train")]
         known = {json.loads(line)["problem"] for file in files for line in file.open()}
         rows = [{"pass@1_before": real.validate(model, tokenizer, held_out, config)}]
