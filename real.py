@@ -713,8 +713,8 @@ class Run(ExitStack):
                 file.write(json.dumps(line) + "\n")
         if step % 20 == 1 or step == self.last["step"] + 1:
             end = time.localtime(time.time() + (self.config.steps - step) * row["seconds"])
-            tqdm.write(f"\n{p['problem'][:200]!r} -> {texts[0][-200:]!r} labelled {labels[0]:d}\n"
-                       f"step {' '.join(SHOWN)} (all end about {time.strftime('%a %H:%M', end)})")
+            tqdm.write(time.strftime("\nEnds about %a %H:%M. ", end) + f"{p['problem'][:200]!r} -> "
+                       f"{texts[0][-200:]!r} labelled {labels[0]:d}\nstep {' '.join(SHOWN)}")
         numbers = [f"{row[k]:{len(k)}.{3 if row[k] < 999 else 5}g}" for k in SHOWN if k in row]
         note = " no mixed group: too hard, too easy or a wrong --answer_column" * (not row["mixed"])
         note += " half is cut off: raise --max_new_tokens" * (row["cut_off"] >= 0.5)
