@@ -115,7 +115,7 @@ def test_what_a_run_prints_and_logs_is_what_the_readme_shows(tmp_path, capsys):
     real.train(config)
     header = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("step "))
     lines = README[README.index(header) :].splitlines()
-    assert lines[0] == header and all(len(line) <= len(header) for line in lines[1:4])
+    assert lines[0] == header and all(len(line) <= len(header) for line in lines[1:3])
     section = README[README.index("| key | meaning |") :]
     section = section[: section.index("\n\n")]
     explained = {key for row in section.splitlines()[2:]
