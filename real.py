@@ -48,28 +48,28 @@ def arg(default, help):
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; the command line is made from it. Defaults: the embedded model."""
-    model: str = arg(TINY, "Hugging Face model id or folder")
+    model: str = arg(TINY, "Hugging Face id or folder")
     dataset: str = arg(TINY, "problems: hub id, folder, or .json .jsonl .csv file")
     dataset_config: str | None = arg(None, "configuration of a hub data set")
     split: str = arg("train", "split to train on")
     eval_dataset: str | None = arg(None, "held-out problems, same columns; not given: dataset")
     eval_split: str = arg("test", "split to validate on")
-    problem_column: str = arg("problem", "the question; also prompt[0].content, context+question")
+    problem_column: str = arg("problem", "the question; or prompt[0].content, context+question")
     answer_column: str = arg("answer", "the answer, or a list of accepted answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
-    tau: float = arg(0.5, "temperature of the REAL losses, Sec. 5.1")
+    tau: float = arg(0.5, "of the REAL losses, Sec. 5.1")
     as_printed: bool = arg(False, "Eq. 8 as printed: groups all right or all wrong count too")
     eps_low: float | None = arg(None, "lower clip of GRPO, DAPO, GSPO; not given: their own")
     eps_high: float | None = arg(None, "upper clip, likewise")
     beta: float | None = arg(None, "of TRPA; not given: its own")
-    kl_ref: float = arg(0.0, "weight of a KL to the starting model, any objective, Sec. 5.3")
+    kl_ref: float = arg(0.0, "weight of a KL to the starting model, Sec. 5.3")
     kl_old: float = arg(0.0, "weight of a KL to the old policy, likewise")
     prompts: int = arg(16, "questions a step, Q; paper: 128")
     group_size: int = arg(8, "rollouts a question, G, Sec. 5.1")
     mini_batches: int = arg(4, "updates a step, Sec. 5.1")
-    steps: int = arg(80, "training steps; paper: 1,400")
-    lr: float = arg(5e-5, "AdamW learning rate; paper: 2e-6")
-    warmup: int = arg(20, "updates over which the learning rate rises; released code: 0")
+    steps: int = arg(80, "paper: 1,400")
+    lr: float = arg(5e-5, "learning rate; paper: 2e-6")
+    warmup: int = arg(20, "updates over which lr rises; released code: 0")
     beta2: float = arg(0.95, "of AdamW; released code: 0.999")
     grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
     temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
@@ -77,14 +77,14 @@ class Config:
     max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
     slots: int = arg(2048, "rollouts sampled side by side, each with a cache")
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
-    low_memory: bool = arg(False, "bf16 copy on the GPU, to recompute; fp32 and AdamW on the CPU")
-    eval_every: int = arg(20, "steps between validations, also one before and after; 0: none")
+    low_memory: bool = arg(False, "bf16 on the GPU, recomputed; fp32 and AdamW on the CPU")
+    eval_every: int = arg(20, "steps between validations, one before and after; 0: none")
     eval_samples: int = arg(8, "samples a validation problem; paper: 16")
-    eval_limit: int = arg(256, "validation problems used")
+    eval_limit: int = arg(256, "validation problems")
     seed: int = arg(0, "random numbers of a step depend on (seed, step) alone")
     save_every: int = arg(10, "steps between checkpoints")
-    output_dir: str = arg("runs/real", "the run's own folder")
-    resume: bool = arg(False, "go on with the run found in output_dir")
+    output_dir: str = arg("runs/real", "the run's folder")
+    resume: bool = arg(False, "go on with the run in output_dir")
 
     def __post_init__(self):
         refuse_if(self.objective not in OBJECTIVES, f"--objective: one of {', '.join(OBJECTIVES)}")
@@ -100,14 +100,13 @@ RANGE = {"group_size": (2, 1e12), "beta2": (0, 1)} | dict.fromkeys(
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-"
 ONE_CARD = dict(lr=2e-6, warmup=0, beta2=0.999, temperature=0.6, low_memory=True, save_every=5,
                 micro_batch_tokens=16384, eval_samples=4, eval_limit=128)
-PAPER = ONE_CARD | dict(  # Sec. 5.1 and the released code
-    model=R1 + "1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset", steps=1400, prompts=128,
-    slots=256, max_new_tokens=8192, eval_dataset="HuggingFaceH4/aime_2024", eval_split="train",
-    eval_every=50, eval_samples=16, micro_batch_tokens=36864)
+PAPER = ONE_CARD | dict(model=R1 + "1.5B", dataset="agentica-org/DeepScaleR-Preview-Dataset",
+    prompts=128, steps=1400, max_new_tokens=8192, eval_dataset="HuggingFaceH4/aime_2024", slots=256,
+    eval_split="train", eval_every=50, eval_samples=16, micro_batch_tokens=36864)  # Sec. 5.1
 PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to expect: README
     "paper-7b": PAPER | dict(model=R1 + "7B", lr=1e-6, steps=1000, slots=104),
     "1.5b": PAPER | ONE_CARD | dict(eval_dataset="HuggingFaceH4/MATH-500", eval_split="test",
-        eval_every=30, slots=48, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
+        eval_every=30, slots=40, prompts=16, mini_batches=2, steps=120, max_new_tokens=4096),
     "0.5b": ONE_CARD | dict(model="Qwen/Qwen2.5-0.5B-Instruct", dataset="openai/gsm8k", lr=1e-6,
         dataset_config="main", problem_column="question", slots=128, eval_every=25, mini_batches=2,
         steps=100, max_new_tokens=512, temperature=1.0)}
@@ -300,6 +299,7 @@ def sample(model, prompts, G, ends, max_new_tokens, temperature, slots=2048, cho
     rollout = active = at[:0]  # the rollout in each slot; the slots whose rollout has not ended
     waiting = torch.arange(len(ids), device=device)  # rollouts that have no slot yet
     cache = Slots(min(max(slots // G, 1), len(prompts)) * G, ids.shape[1] - 1)
+    torch.cuda.empty_cache()  # its tensors would not fit between what an update has left
     bar = tqdm(desc="tokens", unit="", leave=False, delay=5)
     while len(waiting) or len(active):
         if len(active) <= 0.75 * len(rollout):
@@ -640,16 +640,15 @@ def load_problems(tokenizer, config, path, split, least=1):
     for number, row in enumerate(rows, 1):
         asked = [read_column(row, column) for column in config.problem_column.split("+")]
         text = "" if None in asked else "\n".join(x for cells in asked for x in cells)
-        golds = read_column(row, config.answer_column) or []
-        golds = [x.rpartition("####")[2].strip() for x in golds]
+        gold = [x.split("####")[-1].strip() for x in read_column(row, config.answer_column) or []]
         prompt = text + SUFFIX * (SUFFIX.strip() not in text)  # some hold it already
         with reading(f"{path}, row {number}"):
             if tokenizer.chat_template:  # it writes BOS itself
                 prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                        add_generation_prompt=True, tokenize=False)
             ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
-        if text.strip() and any(golds) and len(ids) <= config.max_prompt_tokens and None not in row:
-            problems.append({"problem": text, "answer": golds if golds[1:] else golds[0],
+        if text.strip() and any(gold) and len(ids) <= config.max_prompt_tokens and None not in row:
+            problems.append({"problem": text, "answer": gold if gold[1:] else gold[0],
                              "prompt_ids": ids, "opening": "<think>" * ("<think>" in prompt[-9:])})
         else:
             skipped = skipped or number
@@ -667,6 +666,7 @@ SHOWN = "reward mixed cut_off entropy response_length s_positive s_negative seco
 def read_checkpoint(folder, **how):
     """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
+        refuse_if(not file.is_file(), f"{file}: there is no run to --resume")
         saved = torch.load(file, "cpu", weights_only=True, **how)
         return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 

@@ -321,7 +321,7 @@ def test_one_run_a_folder_and_the_lock_is_released_when_train_raises(tmp_path, m
     except ZeroDivisionError as e:
         first.append(e)  # a notebook keeps the last exception, and with it every frame
     monkeypatch.undo()
-    assert first and train(folder, "--steps", "1")["step"] == 1
+    assert first and train(folder, "--resume", "--steps", "1")["step"] == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 
