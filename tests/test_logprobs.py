@@ -111,11 +111,13 @@ def of_lengths(lengths):
     return {"prompts": [torch.tensor([2])] * len(mask), "mask": mask}, lengths.flatten().tolist()
 
 
+@BOTH
 @pytest.mark.parametrize("rows", [range(8), [1, 4, 6], []], ids=str)
 @pytest.mark.parametrize("tokens", [1, 12, 40, 10**6])
-def test_every_row_once_within_the_budget(rows, tokens):
+def test_every_row_once_within_the_budget(rows, tokens, low_memory):
     batch, lengths = of_lengths([[7, 3], [9, 2], [4, 20], [4, 2]])
-    parts = real.micro_batches(batch, rows, replace(QUICK, micro_batch_tokens=tokens))
+    config = replace(QUICK, micro_batch_tokens=tokens, low_memory=low_memory)
+    parts = real.micro_batches(batch, rows, config)
     assert sorted(row for part in parts for row in part) == list(rows) and all(parts)
     assert all(len(p) == 1 or len(p) * max(lengths[i] for i in p) <= tokens for p in parts)
     assert len(parts) == (1 if rows else 0) or tokens < 10**6
@@ -127,6 +129,18 @@ def test_groups_stay_together_and_find_others_of_their_length():
                              (36, [{2, 3, 4, 5}, {0, 1, 6, 7}])):
         parts = real.micro_batches(batch, range(8), replace(QUICK, micro_batch_tokens=tokens))
         assert [set(part) for part in parts] == expected
+
+
+def test_where_no_prompt_is_shared_rollouts_of_like_length_go_together():
+    """Whatever their group: sorted by length, as many as fit."""
+    batch, lengths = of_lengths([[3, 9], [4, 8], [2, 2], [9, 9]])
+    for tokens in (18, 27, 36):
+        config = replace(QUICK, micro_batch_tokens=tokens, low_memory=True)
+        parts = real.micro_batches(batch, range(8), config)
+        taken = [lengths[row] for part in parts for row in part]
+        assert taken == sorted(lengths)
+        for part, following in zip(parts, parts[1:]):
+            assert (len(part) + 1) * lengths[following[0]] > tokens  # one more did not fit
 
 
 @BOTH

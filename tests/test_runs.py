@@ -125,6 +125,13 @@ def test_a_run_leaves_these_files_and_no_others(whole):
 # ---- Rule 3: a checkpoint that cannot be read ----------------------------------------------------
 
 
+def test_a_pipe_in_place_of_a_checkpoint_is_one_line(tmp_path):
+    """It is never opened: nobody will ever write to it."""
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="there is no run to --resume"):
+        train(tmp_path, "--resume")
+
+
 def damage(file, how):
     if how == "cut short":
         file.write_bytes(file.read_bytes()[:-1000])
