@@ -158,7 +158,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0)
     for name, default in zip(COLUMNS[1:], BENCHMARKS["tiny"][1:]):
         add(f"--{name}", default=default, help=f"of data that is not named above; {default}")
-    add("--output_dir", default="runs/eval", help="folder of the completions and of scores.json")
+    add("--output_dir", default="runs/eval", help="for completions, and scores.json (replaced)")
     args = parser.parse_args(argv)
     if min(args.samples, args.batch, args.limit) < 1 or not 0 <= args.temperature < 1e9:
         parser.error("--samples, --batch and --limit start at 1, --temperature at 0")
@@ -168,7 +168,6 @@ def parse(argv=None):
 
 def evaluate(args):
     """Print the tables; completions and scores.json are in the output folder."""
-    os.makedirs(args.output_dir, exist_ok=True)
     names, scores = list(BENCHMARKS)[:6] if args.benchmarks == ["all"] else args.benchmarks, {}
     for name in dict.fromkeys(args.model):
         model, tokenizer = real.load_model(name)
@@ -193,7 +192,9 @@ def main(argv=None):
     """Score as the command line says. Bad input ends in one line and exit code 2."""
     args = parse(argv)
     with real.one_line_errors():
-        return evaluate(args)
+        os.makedirs(args.output_dir, exist_ok=True)
+        with real.FileLock(f"{args.output_dir}/.lock", timeout=0):  # one at a time
+            return evaluate(args)
 
 if __name__ == "__main__":
     main()

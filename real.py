@@ -16,7 +16,7 @@ Where the paper is in this file          Shapes
     Eq. 11       real_bce                Three places to edit are marked EDIT.
     Algorithm 1  train, by "line N"      Differences from the paper: README."""
 
-import csv, inspect, io, json, math, os, re, shlex, signal, sys, time, traceback, zlib
+import csv, inspect, io, json, math, os, re, shlex, signal, sys, time, traceback, zipfile, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Context, Decimal, localcontext
@@ -55,7 +55,7 @@ class Config:
     eval_dataset: str | None = arg(None, "held-out problems, same columns; not given: dataset")
     eval_split: str = arg("test", "split to validate on")
     problem_column: str = arg("problem", "the question; or prompt[0].content, context+question")
-    answer_column: str = arg("answer", "the answer, or a list of accepted answers")
+    answer_column: str = arg("answer", "the answer, or a list of answers")
     objective: str = arg("real", "the loss, one of OBJECTIVES")
     tau: float = arg(0.5, "of the REAL losses, Sec. 5.1")
     as_printed: bool = arg(False, "Eq. 8 as printed: groups all right or all wrong count too")
@@ -73,7 +73,7 @@ class Config:
     beta2: float = arg(0.95, "of AdamW; released code: 0.999")
     grad_clip: float = arg(1.0, "largest norm of a gradient, released code")
     temperature: float = arg(1.0, "of sampling and inside log-probabilities; paper: 0.6")
-    max_prompt_tokens: int = arg(1024, "longer prompts are skipped, released code")
+    max_prompt_tokens: int = arg(1024, "longer prompts are skipped")
     max_new_tokens: int = arg(48, "longest rollout; paper: 8,192")
     slots: int = arg(2048, "rollouts sampled side by side, each with a cache")
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
@@ -206,9 +206,8 @@ def arguments(objective):
     return inspect.signature(OBJECTIVES[objective]).parameters
 
 def credit(logp, batch, config):
-    """The loss and its derivative dL/dlogp (Q, G, T), how hard each token is pushed; minus means
-    "make it likelier". All that tells methods apart is in here. Q |o| times its size is |W| of
-    Eq. 9 with Eq. 10 for REAL, always below 1 / tau, and |W| / G of Eq. 3 for GRPO."""
+    """The loss and dL/dlogp (Q, G, T), how hard each token is pushed; minus: to be likelier. Q |o|
+    times its size is |W| of Eq. 9, Eq. 10 for REAL, below 1 / tau; |W| / G of Eq. 3 for GRPO."""
     logp = logp.detach().requires_grad_()
     given = vars(config) | batch | {"logp": logp}  # an objective's arguments come by name
     settings = {k: given[k] for k in arguments(config.objective) if given.get(k) is not None}
@@ -344,10 +343,9 @@ def rollouts(model, tokenizer, problems, G, config, label=label_group, choose=No
     labels = [label(p, [p["opening"] + x for x in group]) for p, group in zip(problems, texts)]
     refuse_if(any(x not in (0, 1) for group in labels for x in group), "a label is to be 0 or 1")
     return {"problems": problems, "texts": texts,  # Q dicts, see load_problems; Q lists of G str
-            "prompts": prompts,  # Q vectors of token ids, int64
-            "completions": ids, "mask": mask,  # (Q, G, T): int64, 0 after the end; bool
-            "labels": torch.tensor(labels, device=device).bool().view(len(prompts), G),
-            "ended": (mask & torch.isin(ids, ends)).any(-1)}  # (Q, G) bool, False: cut off
+            "prompts": prompts, "completions": ids,  # Q vectors of ids; (Q, G, T), 0 after the end
+            "mask": mask, "ended": (mask & torch.isin(ids, ends)).any(-1),  # (Q, G, T); (Q, G)
+            "labels": torch.tensor(labels, device=device).bool().view(len(prompts), G)}
 
 def validate(model, tokenizer, problems, config):
     """Pass@1 by the checker: the share of right answers among eval_samples of each problem."""
@@ -403,8 +401,7 @@ def train(config, label=label_group):
             batch = rollouts(model, tokenizer, questions, config.group_size, config, label)
             Q, size = config.prompts, config.prompts // config.mini_batches
             minis = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, Q, size)]
-            # line 5: log-probabilities of pi_old, (critical) by the very passes of `update`
-            with torch.no_grad():  # so that s_bar is exactly 0 before the step's first update
+            with torch.no_grad():  # line 5, (critical) by the passes of `update`: s_bar starts at 0
                 for mini in minis:
                     mini |= {k: all_logprobs(pi, mini, config) for k, pi in policies.items()}
             updates = []
@@ -416,7 +413,7 @@ def train(config, label=label_group):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
             row["seconds"] = time.time() - began
             run.log(step, row, batch)
-            if step == config.steps or run.signal or step % config.save_every == 0:
+            if step == config.steps or run.signal or row["skipped"] + step % config.save_every == 0:
                 run.save(step, model, optimizer)
             if run.signal:
                 break
@@ -468,9 +465,8 @@ def metrics(batch, minis, updates):
         "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(), "max_weight": w.max()}
 
 def make_optimizer(model, config):
-    """AdamW over fp32 weights: the model's or, with low_memory, the originals of its bf16 ones.
-    At lr 2e-6 most updates are below the spacing of bf16 numbers and have to gather in fp32. The
-    originals are on the CPU: gradients move there as soon as they exist, new weights return."""
+    """AdamW over fp32 weights: the model's or, with low_memory, originals of its bf16 ones on the
+    CPU, as at lr 2e-6 most updates are below bf16's spacing and have to gather in fp32."""
     home = {}
     if config.low_memory:
         model.activation_checkpointing_enable()
@@ -621,7 +617,7 @@ def load_rows(path, name, split):
         text = file.read_text(encoding="utf-8-sig").strip()
         if file.suffix.lower() == ".csv":
             return list(csv.DictReader(io.StringIO(text), strict=True))  # [None]: fields too many
-        text = text if text[:1] == "[" else "[" + re.sub(r"(\S *)\n", r"\1,\n", text) + "]"
+        text = text if text[:1] == "[" else "[" + re.sub(r"(\S[ \t]*)\n", r"\1,\n", text) + "]"
         rows = json.loads(text, parse_int=str, parse_float=str)
         return [row if isinstance(row, dict) else {} for row in rows]
 
@@ -632,7 +628,7 @@ def read_column(row, column):
             row = row[int(key) if isinstance(row, list) else key]
         cells = row if isinstance(row, list) else [row]
         cells = [x["content"] if isinstance(x, dict) else x for x in cells]
-        return [str(x) for x in cells if x == x and not isinstance(x, (dict, list, type(None)))]
+        return [str(x) for x in cells if x == x and x is not None and {x}]  # {x}: no list in a list
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
@@ -667,6 +663,7 @@ def read_checkpoint(folder, **how):
     """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
         refuse_if(not file.is_file(), f"{file}: there is no run to --resume")
+        refuse_if(not how and zipfile.ZipFile(file).testzip(), f"{file} is damaged")
         saved = torch.load(file, "cpu", weights_only=True, **how)
         return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 
@@ -678,11 +675,8 @@ class Run(ExitStack):
         self.path.mkdir(parents=True, exist_ok=True)
         old = {p.name for p in self.path.iterdir() if p.lstat().st_size} - {".checkpoint.pt"}
         refuse_if(old and not config.resume, f"{self.path} not empty: --resume or --output_dir NEW")
-        self.last = last = read_checkpoint(self.path) if config.resume else {"step": 0}
-        refuse_if(last["step"] > config.steps, f"{self.path} has done {last['step']} --steps")
         with reading(f"{self.path}, perhaps in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
-        self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.callback(signal.signal, number, signal.signal(number, self.stop))
 
@@ -690,16 +684,22 @@ class Run(ExitStack):
         self.signal = number
         signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
         go_on = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
-        sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
+        with suppress(OSError):  # the same Ctrl-C may have ended `| tee`
+            sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
+        for fd in [fd for fd in (1, 2) if Path(f"/dev/fd/{fd}").is_fifo()]:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
     def restore(self, model, problems):
         """Take over weights and logs of the checkpoint; only from here on the folder is written."""
+        self.last = last = read_checkpoint(self.path) if self.config.resume else {"step": 0}
+        refuse_if(last["step"] > self.config.steps, f"{self.path} has done {last['step']} --steps")
         self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
-        refuse_if(self.data != self.last.get("data", self.data), f"{self.path}: another --dataset")
+        refuse_if(self.data != last.get("data", self.data), f"{self.path}: another --dataset")
+        self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         with reading(f"{self.path / 'checkpoint.pt'} with this --model"):
-            model.load_state_dict(self.last.pop("model", model.state_dict()))
+            model.load_state_dict(last.pop("model", model.state_dict()))
             for name in LOGS:
-                (self.path / name).write_text(self.last["logs"][name] if self.config.resume else "")
+                (self.path / name).write_text(last["logs"][name] if self.config.resume else "")
         tqdm.write(f"{model.num_parameters():,} weights on {model.device}, 28 bytes each on disk")
 
     def log(self, step, row, batch):
@@ -728,7 +728,7 @@ class Run(ExitStack):
         state = {k: fp32.get(x, x).detach() for k, x in model.state_dict(keep_vars=True).items()}
         logs = {name: (self.path / name).read_text() for name in LOGS}
         saved = {"step": step, "settings": asdict(self.config), "data": self.data, "logs": logs}
-        with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB"):
+        with reading(f"{file} of {12e-9 * model.num_parameters():.2g} GB, is the disk full?"):
             torch.save(saved | {"model": state, "adam": optimizer.state_dict()["state"]}, part)
             getattr(os, "sync", int)()  # on the disk before it gets its name
             part.replace(file)

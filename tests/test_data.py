@@ -76,6 +76,16 @@ def test_a_chat_as_problem_is_read_as_all_that_its_messages_say(tmp_path):
     assert chat == plain
 
 
+def test_a_list_in_a_list_is_never_half_read(tmp_path, capsys):
+    """A chat with parts, of which only the system's message is a text; an answer in a list."""
+    parts = [{"role": "system", "content": "Be brief."},
+             {"role": "user", "content": [{"type": "text", "text": "1+1"}]}]
+    answers = {"problem": "1+2", "answer": [["3"], "4", None]}
+    rows = [{"problem": parts, "answer": "2"}, GOOD, answers]
+    assert [p["problem"] for p in load(rows, tmp_path)] == ["1+1"]
+    assert "1 usable rows of 3; row 1 lacks" in capsys.readouterr().out
+
+
 def test_a_long_prompt_is_skipped(tmp_path, capsys):
     assert len(load([{"problem": "1+" * 3000, "answer": "2"}, GOOD], tmp_path)) == 1
     assert "row 1 lacks problem or answer, is too long" in capsys.readouterr().out

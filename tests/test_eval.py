@@ -368,3 +368,11 @@ def test_a_full_disk_leaves_the_scores_of_before(tmp_path, monkeypatch):
 def test_temperatures_next_to_0_take_the_likeliest_token(temperature):
     logits = torch.tensor([[1.0, 3.0, 2.0], [-1.0, -9.0, -0.5]])
     assert ev.nucleus(logits, temperature, 0.95).tolist() == [1, 2]
+
+
+def test_one_evaluation_a_folder(tmp_path, capsys):
+    with real.FileLock(tmp_path / ".lock"), pytest.raises(SystemExit) as e:
+        ev.main(["--limit", "1", "--samples", "1", "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and ".lock" in said
+    assert [p.name for p in tmp_path.iterdir() if p.stat().st_size] == []

@@ -133,7 +133,11 @@ def test_a_pipe_in_place_of_a_checkpoint_is_one_line(tmp_path):
 
 
 def damage(file, how):
-    if how == "cut short":
+    if how == "one byte":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    elif how == "cut short":
         file.write_bytes(file.read_bytes()[:-1000])
     elif how == "empty":
         file.write_bytes(b"")
@@ -144,7 +148,8 @@ def damage(file, how):
         {"a folder": os.mkdir, "gone": str}[how](file)
 
 
-@pytest.mark.parametrize("how", ["cut short", "empty", "other bytes", "a folder", "gone"])
+@pytest.mark.parametrize("how", ["one byte", "cut short", "empty", "other bytes", "a folder",
+                                 "gone"])
 def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(how, copy):
     """It is never a reason to start over: not with --resume, and not without."""
     damage(copy / "checkpoint.pt", how)
@@ -313,6 +318,21 @@ def test_updates_that_are_not_finite_never_reach_the_weights(tmp_path, monkeypat
     assert all(torch.equal(saved[k], first[k]) for k in first)
 
 
+def test_a_step_with_updates_that_are_not_finite_replaces_no_checkpoint(tmp_path, monkeypatch):
+    """So that the advice, to resume with a lower --lr, finds weights that are good."""
+    saved, save = [], real.Run.save
+    monkeypatch.setattr(real.Run, "save", lambda run, step, *args: saved.append(step) or save(
+        run, step, *args))
+    def objective(logp, old_logp, mask, labels):
+        return (logp * (torch.inf if saved[-1] == 1 and len(rows) < 3 else 1)).sum()
+    rows, log = [], real.Run.log
+    monkeypatch.setattr(real.Run, "log", lambda run, *args: rows.append(args[0]) or log(run, *args))
+    monkeypatch.setattr(real, "OBJECTIVES", real.OBJECTIVES | {"real": objective})
+    train(tmp_path / "run", "--steps", "5", "--save_every", "1")
+    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [0, 2, 2, 0, 0]
+    assert saved == [0, 1, 4, 5]
+
+
 # ---- Rule 6: the lock, kills, signals, pipes -----------------------------------------------------
 
 
@@ -477,6 +497,18 @@ def test_a_closed_pipe_ends_the_run_and_costs_no_checkpoint(streams, whole, tmp_
     assert code == 2 and "Traceback" not in process.stderr.read() if not streams else code > 0
     train(folder, "--resume")
     same_end(folder, whole)
+
+
+@pytest.mark.parametrize("streams", [{}, {"stderr": subprocess.STDOUT}], ids=["tee", "2>&1"])
+def test_a_signal_that_also_ends_tee_costs_no_step(streams, tmp_path):
+    """`real.py | tee log` and Ctrl-C: nobody reads any more when the step at work is saved."""
+    folder = tmp_path / "run"
+    process = start("--output_dir", folder, "--steps", "500", "--save_every", "400", **streams)
+    wait_for(process, lambda: lines(folder) >= 3)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert real.read_checkpoint(folder)["step"] == lines(folder) >= 3
 
 
 def test_the_log_is_json_whatever_a_step_measures(whole):
