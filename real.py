@@ -1,7 +1,7 @@
 """Rewards as Labels (REAL), arXiv 2602.05630, in one file: train a language model with REAL.
 
-Sample answers and let a checker label each right or wrong. Treat the labels as the classes of a
-classifier whose logit is how much likelier the policy has made an answer since it was sampled.
+Sample answers and let a checker label each right or wrong. The labels are the classes of a
+classifier; its logit, how much likelier an answer has become, goes above 0 if right, else below.
 
     python real.py                  # the embedded tiny model, about a minute on 2 CPU cores
     python real.py --preset 0.5b    # Qwen2.5-0.5B-Instruct on GSM8K, one GPU of 8 GB or more
@@ -79,7 +79,7 @@ class Config:
     micro_batch_tokens: int = arg(4096, "tokens a forward pass; changes memory, not the gradient")
     low_memory: bool = arg(False, "bf16 on the GPU, recomputed; fp32 and AdamW on the CPU")
     eval_every: int = arg(20, "steps between validations, one before and after; 0: none")
-    eval_samples: int = arg(8, "samples a validation problem; paper: 16")
+    eval_samples: int = arg(8, "samples a problem; paper: 16")
     eval_limit: int = arg(256, "validation problems")
     seed: int = arg(0, "random numbers of a step depend on (seed, step) alone")
     save_every: int = arg(10, "steps between checkpoints")
@@ -411,9 +411,9 @@ def train(config, label=label_group):
             row |= metrics(batch, minis, updates)
             if held_out and (step == config.steps or step % config.eval_every == 0):
                 row["pass@1"] = validate(model, tokenizer, held_out, config)
-            row["seconds"] = time.time() - began
-            run.log(step, row, batch)
-            if step == config.steps or run.signal or row["skipped"] + step % config.save_every == 0:
+            run.log(step, row | {"seconds": time.time() - began}, batch)
+            due = step % config.save_every == 0 and not row["skipped"]
+            if due or run.signal or step == config.steps:
                 run.save(step, model, optimizer)
             if run.signal:
                 break
@@ -628,7 +628,7 @@ def read_column(row, column):
             row = row[int(key) if isinstance(row, list) else key]
         cells = row if isinstance(row, list) else [row]
         cells = [x["content"] if isinstance(x, dict) else x for x in cells]
-        return [str(x) for x in cells if x == x and x is not None and {x}]  # {x}: no list in a list
+        return [str(x) for x in cells if x == x and x is not None and {x}]  # {[]}: a TypeError
 
 def load_problems(tokenizer, config, path, split, least=1):
     """Dicts of problem, answer (GSM8K: after ####), prompt_ids, opening ("<think>" or nothing)."""
