@@ -147,8 +147,7 @@ def real(logp, old_logp, mask, labels, *, tau=0.5, as_printed=False, anchor=True
     return torch.where(is_mixed(labels) | as_printed, loss, 0.0).mean()
 
 def real_bce(logp, old_logp, mask, labels, *, tau=0.5):
-    """REAL with binary cross-entropy, Eq. 11: each rollout classified by itself. As in the released
-    code, the mean over the rollouts of mixed groups instead of the sum."""
+    """REAL with binary cross-entropy, Eq. 11; as released, a mean over rollouts of mixed groups."""
     mixed = is_mixed(labels)
     z = s_bar(logp, old_logp, mask)[mixed] / tau
     loss = F.binary_cross_entropy_with_logits(z, labels[mixed].to(z), reduction="sum")
@@ -163,8 +162,7 @@ def clipped(s, labels, eps_low, eps_high):
     return -torch.minimum(rho * advantage, rho.clamp(1 - eps_low, 1 + eps_high) * advantage)
 
 def kl(logp, other_logp, mask):
-    """KL(pi || pi_other), estimated by e^d - d - 1 >= 0 with d = log pi_other - log pi of a token,
-    unbiased if pi has drawn it; here pi_old has, which is pi at first. Mean as in Eq. 1."""
+    """KL(pi || pi_other), estimated by e^d - d - 1, d = log pi_other - log pi; mean as in Eq. 1."""
     d = log_ratio(other_logp, logp, mask).clamp(-20, 20)
     return token_mean(d.exp() - d - 1, mask).mean()
 
@@ -202,8 +200,7 @@ OBJECTIVES = {f.__name__: f for f in (real, real_bce, grpo, dapo, gspo, trpa)} |
     "real_no_anchor": partial(real, anchor=False), "grpo_bidirectional": partial(grpo, drop=True)}
 
 def arguments(objective):
-    """Names of an objective's arguments: keys of the batch, fields of Config, or by default."""
-    return inspect.signature(OBJECTIVES[objective]).parameters
+    return inspect.signature(OBJECTIVES[objective]).parameters  # of the batch, or of Config
 
 def credit(logp, batch, config):
     """The loss and dL/dlogp (Q, G, T), how hard each token is pushed; minus: to be likelier. Q |o|
@@ -564,9 +561,7 @@ def extract_answer(response: str) -> str | None:
     return boxes[-1] if boxes and "<think>" not in tail else None
 
 def is_correct(response: str, answer: str | float | list) -> bool:
-    r"""True if the boxed answer has the value and the structure of `answer`, or of any in a list.
-    >>> is_correct(r"So \boxed{x = 0.5}.", r"\frac12"), is_correct(r"\boxed{5 \text{ or } 6}", 5)
-    (True, False)"""
+    """True if the boxed answer has the value and the structure of `answer`, or of any in a list."""
     reply, golds = extract_answer(response), answer if type(answer) in (list, tuple) else [answer]
     return reply is not None and any(_same(str(gold), reply) for gold in golds if gold is not None)
 
@@ -662,8 +657,7 @@ SHOWN = "reward mixed cut_off entropy response_length s_positive s_negative seco
 def read_checkpoint(folder, **how):
     """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
-        refuse_if(not file.is_file(), f"{file}: there is no run to --resume")
-        refuse_if(not how and zipfile.ZipFile(file).testzip(), f"{file} is damaged")
+        refuse_if(not file.is_file() or zipfile.ZipFile(file).testzip(), f"{file}: no whole run")
         saved = torch.load(file, "cpu", weights_only=True, **how)
         return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 
@@ -677,17 +671,15 @@ class Run(ExitStack):
         refuse_if(old and not config.resume, f"{self.path} not empty: --resume or --output_dir NEW")
         with reading(f"{self.path}, perhaps in use by another run"):
             self.enter_context(FileLock(self.path / ".lock", timeout=0))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, number, signal.signal(number, self.stop))
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                self.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def stop(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.default_int_handler)  # the second one ends the run at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends it at once
         go_on = shlex.join([sys.executable, __file__, "--resume", "--output_dir", str(self.path)])
-        with suppress(OSError):  # the same Ctrl-C may have ended `| tee`
-            sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
-        for fd in [fd for fd in (1, 2) if Path(f"/dev/fd/{fd}").is_fifo()]:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
 
     def restore(self, model, problems):
         """Take over weights and logs of the checkpoint; only from here on the folder is written."""
@@ -759,11 +751,19 @@ def parse(argv=None):
               f"another --model or --dataset needs a --preset: {', '.join(PRESETS)}")
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
+def write(stream, text):
+    """Print. Where nobody reads any more (`| head`, a closed terminal), end as by a signal."""
+    with suppress(OSError):
+        return io.TextIOWrapper.write(stream, text)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    signal.raise_signal(signal.SIGTERM)
+
 @contextmanager
 def one_line_errors():
     """Bad input ends in one line and exit code 2; a defect of ours shows its traceback."""
     for stream in {sys.__stdout__, sys.__stderr__} - {None}:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.write = partial(write, stream)
     try:
         yield
     except Exception as e:
@@ -773,7 +773,7 @@ def one_line_errors():
         flag = "--slots" if "in sample\n" in traceback.format_exc() else "--micro_batch_tokens"
         advice = f"out of memory: lower {flag} or take --low_memory true; " * full
         print(f"{Path(sys.argv[0]).name}: error: {advice}{repr(str(e))[1:-1]}", file=sys.stderr)
-        (os._exit if isinstance(e, BrokenPipeError) else sys.exit)(2)  # `| head`: no last flush
+        sys.exit(2)
 
 if __name__ == "__main__":
     with one_line_errors():
