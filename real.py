@@ -112,8 +112,7 @@ PRESETS = {"tiny": {}, "paper": PAPER,  # what each of them takes, and what to e
         steps=100, max_new_tokens=512, temperature=1.0)}
 
 # ==== Objectives ====
-# EDIT: an objective is a pure function (logp, old_logp, mask, labels, *, its own settings) -> loss.
-# Name it in OBJECTIVES; a setting of its own is a field of Config of that name.
+# EDIT: an objective is a pure function, named in OBJECTIVES; its own settings are fields of Config.
 def log_ratio(logp, old_logp, mask):
     """s_t = log [pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)], Eq. 4: (Q, G, T)."""
     return torch.where(mask, logp - old_logp, 0.0)
@@ -216,10 +215,9 @@ def credit(logp, batch, config):
 
 # ==== Log-probabilities ====
 def micro_batches(batch, rows, config):
-    """Split rollouts, numbered 0 to Q*G - 1, into lists of at most micro_batch_tokens if padded.
-    Like lengths go together; where a group shares its prompt, by the length of its longest."""
+    """Split rollouts, 0 to Q*G - 1, by length into lists of at most micro_batch_tokens, padded."""
     parts, n = [], batch["mask"].sum(-1)  # (Q, G)
-    n = n if config.low_memory else n.amax(-1, keepdim=True).expand_as(n)
+    n = n if config.low_memory else n.amax(-1, keepdim=True).expand_as(n)  # they share a prompt
     lengths = [len(q) + x for q, group in zip(batch["prompts"], n.tolist()) for x in group]
     for row in sorted(rows, key=lengths.__getitem__):
         if not parts or (len(parts[-1]) + 1) * lengths[row] > config.micro_batch_tokens:
@@ -381,9 +379,7 @@ def train(config, label=label_group):
         held_out = load_problems(tokenizer, config, *held) if config.eval_every else []
         refuse_if(held_out == problems, "--eval_dataset, --eval_split: these are trained on")
         check_model(model, tokenizer, problems + held_out, config)
-        run.restore(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
-        optimizer = make_optimizer(model, config)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": run.last.pop("adam", {})})
+        optimizer = run.restore(model.to("cuda" if torch.cuda.is_available() else "cpu"), problems)
         if not config.resume:
             run.save(0, model, optimizer)  # whatever ends it, --resume goes on
         policies = {"old_logp": model}
@@ -460,6 +456,24 @@ def metrics(batch, minis, updates):
         "loss": loss.mean(), "grad_norm": norm.max(), "skipped": (~(loss + norm).isfinite()).sum(),
         "entropy": -torch.cat([x["old_logp"] for x in minis])[mask].mean(),  # estimated: o ~ pi_old
         "s_positive": s[labels].mean(), "s_negative": s[~labels].mean(), "max_weight": w.max()}
+
+def check_model(model, tokenizer, problems, config):
+    """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
+    with reading(f"model {config.model} with its tokenizer"):
+        longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
+        limits = re.findall(r"(?:position\w*|window(?:_size)?)': (\d+)", str(vars(model.config)))
+        room = min(map(int, limits), default=longest)
+        refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
+        ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
+        four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
+        greedy = replace(config, max_new_tokens=4, temperature=1e-9, slots=4)
+        batch = rollouts(model, tokenizer, four, 2, greedy, lambda q, texts: [0, 1])
+        for q, o, mask, logp in zip(batch["prompts"], batch["completions"], batch["mask"],
+                                    all_logprobs(model, batch, config)):
+            logits = model.eval()(torch.cat([q.expand(2, -1), o], 1)).logits / config.temperature
+            best = logits[:, len(q) - 1 : -1].log_softmax(-1).amax(-1)  # (2, T)
+            if not (best - logp)[mask].abs().max() <= 2**-12 * logits.abs().max():  # half of fp32
+                raise ValueError("it computes logits in another way than Qwen and Llama do")
 
 def make_optimizer(model, config):
     """AdamW over fp32 weights: the model's or, with low_memory, originals of its bf16 ones on the
@@ -585,24 +599,6 @@ def load_model(name, dtype=torch.float32):
         refuse_if(frozen or report["missing_keys"], f"model {name}: weights are missing or frozen")
     return model, tokenizer
 
-def check_model(model, tokenizer, problems, config):
-    """Refuse a model that would be sampled or trained wrongly: its plain logits are the judge."""
-    with reading(f"model {config.model} with its tokenizer"):
-        longest = max(len(p["prompt_ids"]) for p in problems) + config.max_new_tokens
-        limits = re.findall(r"(?:position\w*|window(?:_size)?)': (\d+)", str(vars(model.config)))
-        room = min(map(int, limits), default=longest)
-        refuse_if(room < longest, f"{longest} tokens, positions for {room}: lower --max_new_tokens")
-        ids = max((p["prompt_ids"] for p in problems), key=max)  # has each token an embedding?
-        four = [problems[0] | {"prompt_ids": q} for q in (ids, ids[len(ids) // 2 :]) * 2]
-        greedy = replace(config, max_new_tokens=4, temperature=1e-9, slots=4)
-        batch = rollouts(model, tokenizer, four, 2, greedy, lambda q, texts: [0, 1])
-        for q, o, mask, logp in zip(batch["prompts"], batch["completions"], batch["mask"],
-                                    all_logprobs(model, batch, config)):
-            logits = model.eval()(torch.cat([q.expand(2, -1), o], 1)).logits / config.temperature
-            best = logits[:, len(q) - 1 : -1].log_softmax(-1).amax(-1)  # (2, T)
-            if not (best - logp)[mask].abs().max() <= 2**-12 * logits.abs().max():  # half of fp32
-                raise ValueError("it computes logits in another way than Qwen and Llama do")
-
 def load_rows(path, name, split):
     """Rows of a file, of FOLDER/SPLIT.jsonl or of a data set; numbers in text stay as written."""
     with reading(f"data {path}"):
@@ -655,7 +651,6 @@ LOGS = "metrics.jsonl", "samples.jsonl"
 SHOWN = "reward mixed cut_off entropy response_length s_positive s_negative seconds pass@1".split()
 
 def read_checkpoint(folder, **how):
-    """What Run.save has written."""
     with reading(file := Path(folder, "checkpoint.pt")):
         refuse_if(not file.is_file() or zipfile.ZipFile(file).testzip(), f"{file}: no whole run")
         saved = torch.load(file, "cpu", weights_only=True, **how)
@@ -682,17 +677,22 @@ class Run(ExitStack):
         sys.stderr.write(f"\nStopping. Go on with: cd {shlex.quote(os.getcwd())} && {go_on}\n")
 
     def restore(self, model, problems):
-        """Take over weights and logs of the checkpoint; only from here on the folder is written."""
-        self.last = last = read_checkpoint(self.path) if self.config.resume else {"step": 0}
-        refuse_if(last["step"] > self.config.steps, f"{self.path} has done {last['step']} --steps")
+        """AdamW for a model; both, and the logs, as the checkpoint has them, if there is one."""
         self.data = zlib.crc32(json.dumps([[p["problem"], p["answer"]] for p in problems]).encode())
-        refuse_if(self.data != last.get("data", self.data), f"{self.path}: another --dataset")
-        self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)
         with reading(f"{self.path / 'checkpoint.pt'} with this --model"):
+            self.last = last = read_checkpoint(self.path) if self.config.resume else {"step": 0}
+            refuse_if(last["step"] > self.config.steps, f"the run has done {last['step']} --steps")
+            refuse_if(self.data != last.get("data", self.data), f"{self.path}: another --dataset")
+            self.callback((self.path / ".checkpoint.pt").unlink, missing_ok=True)(missing_ok=True)
             model.load_state_dict(last.pop("model", model.state_dict()))
+            optimizer = make_optimizer(model, self.config)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": last.pop("adam", {})})
+            for p, x in optimizer.state.items():  # a RuntimeError where shapes differ
+                x["step"].view(()), x["exp_avg"].view_as(p), x["exp_avg_sq"].view_as(p)
             for name in LOGS:
                 (self.path / name).write_text(last["logs"][name] if self.config.resume else "")
         tqdm.write(f"{model.num_parameters():,} weights on {model.device}, 28 bytes each on disk")
+        return optimizer
 
     def log(self, step, row, batch):
         """Append a step to metrics.jsonl and its first group to samples.jsonl; show the step."""

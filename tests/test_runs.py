@@ -115,6 +115,22 @@ def test_a_checkpoint_that_is_a_link_is_replaced(copy, tmp_path):
     assert mine.read_bytes() == before and not (copy / "checkpoint.pt").is_symlink()
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_with_the_name_of_a_half_checkpoint_is_never_written_through(link, tmp_path):
+    mine, folder = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("mine")
+    folder.mkdir()
+    link(mine, folder / ".checkpoint.pt")
+    assert train(folder, "--steps", "1")["step"] == 1
+    assert mine.read_text() == "mine"
+
+
+def test_a_refused_resume_deletes_nothing(copy):
+    (copy / ".checkpoint.pt").write_text("half of one")
+    refused(copy, "--resume", "--steps", "3")
+    refused(copy, *GO_ON, "--dataset", f"{real.TINY}/train.jsonl")
+
+
 def test_a_run_leaves_these_files_and_no_others(whole):
     assert {p.name for p in whole.iterdir()} == {
         ".lock", "checkpoint.pt", "metrics.jsonl", "model", "samples.jsonl"}
@@ -158,11 +174,24 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(how, copy):
 
 
 @pytest.mark.parametrize("change", [
-    {"model": {}}, {"model": {"x": torch.zeros(3)}}, {"model": 3}, {"logs": {}}, {"logs": []}],
-    ids=str)
+    {"model": {}}, {"model": {"x": torch.zeros(3)}}, {"model": 3}, {"logs": {}}, {"logs": []},
+    {"step": "4"}, {"step": None}, {"adam": None}, {"adam": []}, {"adam": {0: None}},
+    {"adam": {0: {}}}, {"adam": {9999: {"step": torch.zeros(())}}}], ids=str)
 def test_a_checkpoint_with_other_contents_is_one_line(change, copy):
     torch.save(real.read_checkpoint(copy) | change, copy / "checkpoint.pt")
     assert str(copy) in refused(copy, *GO_ON)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [(3,), (0,), (1, 10**6)], ids=str)
+def test_a_state_of_adamw_with_other_shapes_is_one_line_and_no_crash(key, shape, copy):
+    saved = real.read_checkpoint(copy)
+    saved["adam"][0][key] = torch.zeros(shape)
+    torch.save(saved, copy / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(copy, *GO_ON)
+    saved["adam"] = {i + 1: x for i, x in saved["adam"].items()}  # those of the next weights
+    torch.save(saved, copy / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(copy, *GO_ON)
 
 
 def test_nothing_is_ever_to_be_removed(copy, tmp_path):
