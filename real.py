@@ -414,9 +414,8 @@ def train(config, label=label_group):
 
 # ==== Here the algorithm ends. What follows serves it. ====
 class Slots:
-    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p.
-    `sample` sets `at`, the column that each slot writes next, and `width`, the columns in use."""
-    def __init__(self, slots, columns):
+    """A key-value cache allocated once: slot r is a rollout at work, its token p is in column p."""
+    def __init__(self, slots, columns):  # sample sets `at`, the columns to write, and `width`
         self.slots, self.columns, self.kv = slots, columns, []
 
     def refill(self, model, active, prompts, G):
@@ -654,6 +653,7 @@ def read_checkpoint(folder, **how):
     with reading(file := Path(folder, "checkpoint.pt")):
         refuse_if(not file.is_file() or zipfile.ZipFile(file).testzip(), f"{file}: no whole run")
         saved = torch.load(file, "cpu", weights_only=True, **how)
+        saved["settings"] = {str(k): str(v) for k, v in saved["settings"].items() if v is not None}
         return {key: saved[key] for key in ("step", "settings", "data", "logs", "model", "adam")}
 
 class Run(ExitStack):

@@ -212,7 +212,7 @@ def test_a_start_beside_an_old_run_is_refused_whatever_is_gone(gone, copy):
 
 def test_resume_takes_a_lower_learning_rate(copy):
     train(copy, *GO_ON, "--lr", "1e-4")
-    assert real.read_checkpoint(copy)["settings"]["lr"] == 1e-4
+    assert float(real.read_checkpoint(copy)["settings"]["lr"]) == 1e-4
 
 
 def test_resume_obeys_another_beta2(copy, monkeypatch):
@@ -270,6 +270,19 @@ def test_settings_are_obeyed_and_flags_come_after_them(copy):
     config = real.parse(["--resume", "--output_dir", str(copy), "--temperature", "0.9"])
     assert (config.steps, config.lr, config.temperature, config.kl_old) == (7, 2e-4, 0.9, 0.0)
     assert real.train(config)["step"] == 7
+
+
+@pytest.mark.parametrize("change", [
+    None, [], 3, {"steps": "x"}, {"lr": [1]}, {"tau": None}, {5: 5}, {"objective": ["real"]},
+    {"as_printed": 7}, {"prompts": 1.5}, {"lr": float("nan")}], ids=str)
+def test_settings_that_were_edited_are_one_line_or_do_not_matter(change, copy, capsys):
+    saved = torch.load(copy / "checkpoint.pt", weights_only=True)
+    saved["settings"] = saved["settings"] | change if isinstance(change, dict) else change
+    torch.save(saved, copy / "checkpoint.pt")
+    try:
+        assert main("--resume", "--output_dir", copy, "--steps", 7)["step"] == 7
+    except SystemExit as e:
+        assert e.code == 2 and one_line(capsys.readouterr().err.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_bytes(b"{\0"),
