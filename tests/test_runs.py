@@ -533,12 +533,12 @@ def test_a_closed_pipe_ends_the_run_after_its_step(streams, whole, tmp_path):
     """`real.py | head -1`: the step at work is saved; stderr, if open, says how to go on."""
     folder = tmp_path / "run"
     process = start("--output_dir", folder, "--save_every", "100", **streams)
-    wait_for(process, lambda: lines(folder) >= 2)
+    wait_for(process, lambda: lines(folder) >= 1)  # five steps before its end
     process.stdout.close()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     said = "Go on with: cd" if streams else process.stderr.read()
     assert "Go on with: cd" in said and "Traceback" not in said
-    assert real.read_checkpoint(folder)["step"] == lines(folder) >= 2
+    assert real.read_checkpoint(folder)["step"] == lines(folder) >= 1
     train(folder, "--resume")
     same_end(folder, whole)
 
@@ -549,12 +549,12 @@ def test_a_closed_terminal_ends_the_run_after_its_step(whole, tmp_path):
     process = start("--output_dir", folder, "--save_every", "100", start_new_session=True,
                     stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    while lines(folder) < 2 and process.poll() is None:
+    while lines(folder) < 1 and process.poll() is None:
         os.read(ours, 2**16)
     os.close(ours)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) > 128
-    assert real.read_checkpoint(folder)["step"] == lines(folder) >= 2
+    assert real.read_checkpoint(folder)["step"] == lines(folder) >= 1
     train(folder, "--resume")
     same_end(folder, whole)
 
